@@ -1,0 +1,127 @@
+"""Checkpoints of a training run: written by Orbax, verified when read."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Run(NamedTuple):
+    """Everything that a training step changes."""
+
+    trained: Any
+    optimizer_state: Any
+    carried: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder.
+
+    Orbax writes into a temporary folder and renames it, so a half-written checkpoint has no step. A digest
+    of all that was saved tells a damaged one, which is moved to `broken/` and never touched again.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError:
+            raise ImportError("fit: checkpoint_dir needs Orbax: pip install 'dropjax[train]'.") from None
+        self._ocp, self._folder, self._seed = ocp, folder.absolute(), seed
+        self._folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder / "steps", options=options)
+
+    def save(self, step: int, run: Run, losses: np.ndarray, history: list) -> None:
+        """Saves what `restore` needs; when this returns, the checkpoint is there."""
+        arrays = _arrays(run) | {"losses": losses}
+        about = {"step": step, "seed": self._seed, "leaves": _leaves(run), "history": history}
+        about["digest"] = _digest(arrays, about)
+        args = self._ocp.args
+        self._manager.save(step, args=args.Composite(arrays=args.StandardSave(arrays), about=args.JsonSave(about)))
+
+    def restore(self, like: Run) -> tuple[int, Run, np.ndarray, list] | None:
+        """Returns step, run, losses and history of the newest checkpoint that is whole, None without one.
+
+        Raises:
+          ValueError: if that checkpoint has another seed, state or optimizer.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                arrays, about = self._read(step)
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            if about["seed"] != self._seed:
+                raise ValueError(
+                    f"fit: seed must be {about['seed']}, as in checkpoint_dir {self._folder}, got {self._seed}. "
+                    "Use another folder for another run."
+                )
+            if about["leaves"] != _leaves(like):
+                wrong = [a for a, b in zip(about["leaves"], _leaves(like), strict=False) if a != b]
+                raise ValueError(
+                    f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got others "
+                    f"(in the checkpoint: {(wrong or about['leaves'])[0]}). Use another folder for another run."
+                )
+            history = [(done, numbers) for done, numbers in about["history"]]
+            return step, _run(arrays, like), arrays["losses"], history
+        return None
+
+    def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        args = self._ocp.args
+        read = self._manager.restore(step, args=args.Composite(arrays=args.StandardRestore(), about=args.JsonRestore()))
+        arrays = {name: np.asarray(value) for name, value in read["arrays"].items()}
+        about = dict(read["about"])
+        if about.pop("digest") != _digest(arrays, about) or about["step"] != step:
+            raise ValueError("its digest is not that of its content")
+        return arrays, about
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        warnings.warn(
+            f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ ({error}).",
+            stacklevel=4,
+        )
+        aside = self._folder / "broken" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (self._folder / "steps" / str(step)).rename(aside)
+        self._manager.reload()
+
+
+def _arrays(run: Run) -> dict[str, np.ndarray]:
+    """The leaves of a run on the host, under their position; random keys as their words."""
+    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(run)]
+    return {f"{i:06}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+
+def _run(arrays: dict[str, np.ndarray], like: Run) -> Run:
+    def placed(value: np.ndarray, leaf: Any) -> Any:
+        if _is_key(leaf):
+            return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
+        return jax.device_put(value, leaf.sharding) if hasattr(leaf, "sharding") else value
+
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [placed(arrays[f"{i:06}"], leaf) for i, leaf in enumerate(leaves)])
+
+
+def _leaves(run: Run) -> list[str]:
+    """The name, dtype and shape of every leaf."""
+    found = jax.tree_util.tree_leaves_with_path(run)
+    return [f"{jax.tree_util.keystr(path)} {jnp.result_type(leaf)}{jnp.shape(leaf)}" for path, leaf in found]
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def _digest(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()

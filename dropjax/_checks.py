@@ -1,0 +1,225 @@
+"""One voice for errors: everything a user passes is checked here, before any mathematics.
+
+Messages read "function: argument must be ..., got ..." and end with the remedy where there is one.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+MAX_INDEX = 2**32  # every index of an element is a 32-bit word
+GENERATORS = ("mix", "threefry")
+_WITHOUT_ZERO_OR_NAN = ("float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A rate that is known while tracing: part of the program, not of its data."""
+
+    value: float
+
+
+Rate = Fixed | Array
+"""A checked rate: fixed, or float32 of the rank of x or a scalar."""
+
+
+def describe(value: Any) -> str:
+    """`float32[4,3]` for arrays, `1.5` or `'half' (str)` for everything else."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return f"{value!r}" if type(value) in (int, float) else f"{value!r} ({type(value).__name__})"
+
+
+def is_traced(value: Any) -> bool:
+    """Whether the value is unknown while tracing (under jit, vmap, grad, scan)."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def array(function: str, x: ArrayLike, *, real: bool = False) -> Array:
+    """Returns x as an array of a float or complex dtype that dropout can be applied to."""
+    numeric = hasattr(x, "dtype") or hasattr(x, "__jax_array__") or isinstance(x, complex | float | int)
+    if not numeric or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended)):
+        raise TypeError(f"{function}: x must be a float or complex array, got {describe(x)}.")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{function}: x must be a float or complex array, got {describe(x)}. Dropping scales what it keeps, "
+            "which integers cannot hold: convert with x.astype(jnp.float32), or drop after the embedding."
+        )
+    if real and jnp.iscomplexobj(x):
+        raise TypeError(f"{function}: x must be a real float array, got {describe(x)}. Its real part is x.real.")
+    if x.dtype.name in _WITHOUT_ZERO_OR_NAN:
+        raise TypeError(
+            f"{function}: x must have a dtype with a zero and a NaN, got {describe(x)}. Use another float dtype."
+        )
+    return x
+
+
+def mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Returns a boolean mask that broadcasts against an array of `shape`."""
+    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
+        raise TypeError(f"{function}: mask must be a boolean array (True = kept), got {describe(mask)}.")
+    return _broadcasts(function, "mask", jnp.asarray(mask), shape)
+
+
+def rate(function: str, value: Any, shape: tuple[int, ...], *, below_one: bool = False) -> Rate:
+    """Returns the rate: `Fixed` for a number, float32 of the rank of `shape` (or a scalar) for an array.
+
+    Values that are known are checked, also under jit; a traced one is checked by the mathematics,
+    which returns NaN where it is out of range.
+    """
+    if hasattr(value, "__jax_array__"):
+        value = jnp.asarray(value)
+    number = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
+    if not number and not isinstance(value, np.ndarray | Array):
+        raise TypeError(
+            f"{function}: rate must be a number or a float array, got {describe(value)}. "
+            "It is the probability of dropping an element."
+        )
+    if hasattr(value, "dtype") and not (
+        jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        raise TypeError(f"{function}: rate must be a number or a float array, got {describe(value)}.")
+    known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
+    if known:
+        _in_range(function, np.asarray(value, dtype=np.float64), below_one)
+    if known and not isinstance(value, Array) and np.ndim(value) == 0:
+        return Fixed(float(value))
+    return _broadcasts(function, "rate", jnp.asarray(value), shape).astype(jnp.float32)
+
+
+def _in_range(function: str, values: np.ndarray, below_one: bool) -> None:
+    rounded = values.astype(np.float32)
+    good = (values >= 0) & (values <= 1) & ((rounded < 1) | (not below_one))
+    if not good.all():
+        wrong = float(values[~good].flat[0])
+        where = "[0, 1) (its variance is infinite at 1)" if below_one else "[0, 1]"
+        hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 else ""
+        raise ValueError(f"{function}: rate must be in {where}, got {wrong}.{hint}")
+
+
+def _broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...]) -> Array:
+    """Returns the value, if it broadcasts against `shape`, with that rank."""
+    try:
+        good = np.broadcast_shapes(value.shape, shape) == tuple(shape)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(
+            f"{function}: {argument} must broadcast against the shape {tuple(shape)} of x, got shape {value.shape}. "
+            "Add axes of length 1 until it does."
+        )
+    return value.reshape((1,) * (len(shape) - value.ndim) + value.shape) if value.ndim else value
+
+
+def shape(function: str, value: Any) -> tuple[int, ...]:
+    """Returns a shape as a tuple of Python integers."""
+    try:
+        lengths = tuple(operator.index(n) for n in ((value,) if hasattr(value, "__index__") else value))
+    except TypeError:
+        raise TypeError(f"{function}: shape must be a tuple of integers, got {describe(value)}.") from None
+    if any(n < 0 for n in lengths):
+        raise ValueError(f"{function}: shape must not be negative, got {lengths}.")
+    return lengths
+
+
+def integer(function: str, argument: str, value: Any, least: int) -> int:
+    """Returns an integer option of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{function}: {argument} must be an integer, got {describe(value)}.") from None
+    if number < least:
+        raise ValueError(f"{function}: {argument} must be at least {least}, got {number}.")
+    return number
+
+
+def dim(function: str, argument: str, value: Any, rank: int) -> int:
+    """Returns a dimension counted from the front."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{function}: {argument} must name dimensions by integers, got {describe(value)}.") from None
+    if not -rank <= number < rank:
+        raise ValueError(f"{function}: {argument} must be in [{-rank}, {rank}) for rank {rank}, got {number}.")
+    return number % rank
+
+
+def dims(function: str, argument: str, values: Any, rank: int) -> tuple[int, ...]:
+    """Returns dimensions counted from the front, sorted, each at most once."""
+    values = (values,) if hasattr(values, "__index__") else values
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{function}: {argument} must be a sequence of dimensions, got {describe(values)}.")
+    found = [dim(function, argument, value, rank) for value in values]
+    if len(set(found)) < len(found):
+        raise ValueError(f"{function}: {argument} must name each dimension once, got {tuple(values)}.")
+    return tuple(sorted(found))
+
+
+def start(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
+    """Returns `start` with dimensions counted from the front; known indices are checked against 2^32."""
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{function}: start must be a mapping {{dim: index}}, got {describe(value)}.")
+    dims(function, "start", tuple(value), len(shape))
+    found = {dim(function, "start", d, len(shape)): index for d, index in value.items()}
+    for d, index in found.items():
+        integer = hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
+        if not integer and (isinstance(index, bool) or not isinstance(index, int)):
+            raise TypeError(f"{function}: start[{d}] must be an integer, got {describe(index)}.")
+        if not is_traced(index) and int(index) < 0:
+            raise ValueError(f"{function}: start[{d}] must not be negative, got {index}.")
+    for d, length in enumerate(shape):
+        index = found.get(d, 0)
+        last(function, d, 0 if is_traced(index) else int(index), length)
+    return found
+
+
+def last(function: str, d: int, first: int, length: int) -> None:
+    """Every index of an array, also of one that is cut over devices, is a 32-bit word."""
+    if first + length > MAX_INDEX:
+        raise ValueError(
+            f"{function}: indices must be below 2^32, got {first} to {first + length - 1} along dimension {d}. "
+            "Split the dimension in two."
+        )
+
+
+def generator(function: str, name: str) -> None:
+    """Checks the name of the generator of mask bits."""
+    if name not in GENERATORS:
+        raise ValueError(f"{function}: generator must be one of {GENERATORS}, got {describe(name)}.")
+
+
+def key(function: str, value: Any) -> Array:
+    """Returns exactly one key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`)."""
+    dtype = getattr(value, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and value.shape == ():
+        return value
+    legacy = dtype == np.uint32 and value.ndim >= 1 and value.shape[-1] in (1, 2, 4)
+    if legacy and value.ndim == 1:
+        return jnp.asarray(value)
+    if typed or legacy:
+        keys = value.shape if typed else value.shape[:-1]
+        raise ValueError(
+            f"{function}: key must be one key, got an array of keys of shape {keys}. "
+            "Index it, or use jax.vmap to draw once for each key."
+        )
+    if dtype == np.uint32:
+        raise ValueError(
+            f"{function}: key must be one key of 1, 2 or 4 words, got {describe(value)}. "
+            "Make one with jax.random.key(0)."
+        )
+    raise TypeError(
+        f"{function}: key must be a JAX random key, got {describe(value)}. Make one with jax.random.key(0); "
+        "the order of the arguments is key first, then the array, then the rate."
+    )

@@ -1,0 +1,1 @@
+"""The pure functions, one family a file; `dropjax` itself exports them."""

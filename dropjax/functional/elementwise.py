@@ -1,0 +1,184 @@
+"""Dropout that decides for each element by itself."""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from dropjax import _checks, bits, masks, sharding
+from dropjax._checks import Fixed, Rate
+
+ALPHA_PRIME = -1.7580993408473766
+"""-scale * alpha of SELU: the value that SELU saturates to, to which alpha dropout drops."""
+
+
+def dropout(
+    key: Array,
+    x: ArrayLike,
+    rate: ArrayLike,
+    *,
+    broadcast_dims: Sequence[int] = (),
+    generator: str = "mix",
+    start: Mapping[int, ArrayLike] | None = None,
+    sharded_dims: sharding.ShardedDims | None = None,
+) -> Array:
+    """Zeroes each element with probability `rate` and scales the others up, keeping the expectation.
+
+    y = x * m / q with m ~ Bernoulli(q), q = 1 - rate: E[y] = x, which is why we divide, and
+    Var[y] = x^2 rate / (1 - rate). To not drop, do not call.
+
+    Args:
+      key: one JAX key; it is consumed.
+      x: float or complex `[...]`.
+      rate: probability of dropping, in `[0, 1]`: a number, or a float array that broadcasts against x
+        (a rate per channel, per neuron, per example). It may be traced, and is not differentiated.
+      broadcast_dims: dimensions along which the mask is shared; negatives count from the end.
+      generator: `"mix"`, the contract of `dropjax.bits`; or `"threefry"`, for migration: the masks and
+        the division of Flax's Dropout, bit for bit, with a threefry key.
+      start: `{dim: index}`, where this piece starts in the whole array (a microbatch, a chunk); indices
+        may be traced.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension, and
+        `{None: axis name}` for copies that share the mask.
+
+    Returns:
+      Array of the shape and dtype of x. NaN where a traced rate is NaN or out of range.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> dropout(jax.random.key(0), jnp.ones(6), 0.5)
+      Array([2., 2., 2., 0., 2., 0.], dtype=float32)
+
+    Reference:
+      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, [Dropout: a simple way to prevent neural
+      networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014. The paper scales
+      the weights at test time instead.
+    """
+    x = _checks.array("dropout", x)
+    checked = _checks.rate("dropout", rate, x.shape)
+    draw = bits.draw(
+        "dropout", key, x, x.shape,
+        shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
+    )  # fmt: skip
+    return _dropout(draw, x, checked)
+
+
+@masks.redrawn
+def _dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
+    return masks.apply(x, masks.keep(draw, x.shape, rate), rate, draw.generator)
+
+
+def gaussian_dropout(
+    key: Array,
+    x: ArrayLike,
+    rate: ArrayLike,
+    *,
+    broadcast_dims: Sequence[int] = (),
+    start: Mapping[int, ArrayLike] | None = None,
+    sharded_dims: sharding.ShardedDims | None = None,
+) -> Array:
+    """Multiplies each element by Gaussian noise of mean 1 and the variance that dropout's noise has.
+
+    y = x * n with n ~ N(1, rate / (1 - rate)): E[y] = x and Var[y] = x^2 rate / (1 - rate).
+
+    Args:
+      key: one JAX key; it is consumed.
+      x: float or complex `[...]`.
+      rate: in `[0, 1)`: a number, or a float array that broadcasts against x. It may be traced, and is
+        not differentiated.
+      broadcast_dims: dimensions along which the noise is shared; negatives count from the end.
+      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Returns:
+      Array of the shape and dtype of x; the noise is float32. NaN where a traced rate is not in `[0, 1)`.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> y = gaussian_dropout(jax.random.key(0), jnp.ones(10_000), 0.2)
+      >>> 0.48 < float(y.std()) < 0.52
+      True
+
+    Reference:
+      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, [Dropout: a simple way to prevent neural
+      networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014, section 10.
+    """
+    x = _checks.array("gaussian_dropout", x)
+    checked = _checks.rate("gaussian_dropout", rate, x.shape, below_one=True)
+    draw = bits.draw("gaussian_dropout", key, x, x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims)
+    return _gaussian_dropout(draw, x, checked)
+
+
+@masks.redrawn
+def _gaussian_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
+    if isinstance(rate, Fixed):
+        stddev = np.sqrt(np.float32(rate.value / (1 - rate.value)))
+    else:
+        good = masks.valid(rate) & (rate < 1)
+        stddev = jnp.where(good, jnp.sqrt(rate / jnp.where(good, 1 - rate, 1)), np.nan)
+    return masks.times(x, 1 + stddev * masks.normal(draw, x.shape))
+
+
+def alpha_dropout(
+    key: Array,
+    x: ArrayLike,
+    rate: ArrayLike,
+    *,
+    broadcast_dims: Sequence[int] = (),
+    generator: str = "mix",
+    start: Mapping[int, ArrayLike] | None = None,
+    sharded_dims: sharding.ShardedDims | None = None,
+) -> Array:
+    """Sets each element with probability `rate` to SELU's saturation value, keeping mean 0 and variance 1.
+
+    y = a (x if kept else α') + b with q the keep rate, α' = -1.7581, a = (q (1 + (1 - q) α'^2))^-1/2
+    and b = -a α' (1 - q). For x of mean 0 and variance 1, E[y] = 0 and Var[y] = 1.
+
+    Args:
+      key: one JAX key; it is consumed.
+      x: real float `[...]`.
+      rate: probability of dropping, in `[0, 1]`: a number, or a float array that broadcasts against x.
+        At 1 the output is 0. It may be traced, and is not differentiated.
+      broadcast_dims: dimensions along which the mask is shared; negatives count from the end.
+      generator: `"mix"` or `"threefry"`, as for `dropout`.
+      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Returns:
+      Array of the shape and dtype of x. NaN where a traced rate is NaN or out of range.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> y = alpha_dropout(jax.random.key(0), jax.random.normal(jax.random.key(1), 100_000), 0.3)
+      >>> abs(float(y.mean())) < 0.02 and 0.98 < float(y.std()) < 1.02
+      True
+
+    Reference:
+      Klambauer, Unterthiner, Mayr, Hochreiter, [Self-normalizing neural
+      networks](https://arxiv.org/abs/1706.02515), 2017.
+    """
+    x = _checks.array("alpha_dropout", x, real=True)
+    checked = _checks.rate("alpha_dropout", rate, x.shape)
+    draw = bits.draw(
+        "alpha_dropout", key, x, x.shape,
+        shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
+    )  # fmt: skip
+    return _alpha_dropout(draw, x, checked)
+
+
+@masks.redrawn
+def _alpha_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
+    kept = masks.keep(draw, x.shape, rate)
+    q = masks.keep_rate(rate)
+    a = jnp.where(q == 0, 0, (jnp.where(q == 0, 1, q) * (1 + (1 - q) * ALPHA_PRIME**2)) ** -0.5)
+    a = jnp.where(masks.valid(rate), a, np.nan)
+    b = -a * ALPHA_PRIME * (1 - q)
+    wide = masks.wide(x)
+    return (jnp.where(kept, x.astype(wide), ALPHA_PRIME) * a.astype(wide) + b.astype(wide)).astype(x.dtype)

@@ -1,0 +1,74 @@
+"""Dropout that decides for whole groups of elements."""
+
+from collections.abc import Mapping, Sequence
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from dropjax import _checks, bits, masks, sharding
+from dropjax._checks import Rate
+
+
+def spatial_dropout(
+    key: Array,
+    x: ArrayLike,
+    rate: ArrayLike,
+    *,
+    channel_axis: int = -1,
+    batch_axes: int | Sequence[int] = (0,),
+    generator: str = "mix",
+    start: Mapping[int, ArrayLike] | None = None,
+    sharded_dims: sharding.ShardedDims | None = None,
+) -> Array:
+    """Drops whole channels: one decision for each example and channel, shared over all places.
+
+    y = x * m / q with one m ~ Bernoulli(q), q = 1 - rate, for each batch index and channel: E[y] = x and
+    Var[y] = x^2 rate / (1 - rate). Neighbouring activations of a convolution are so alike that dropping
+    single ones only lowers the learning rate.
+
+    Args:
+      key: one JAX key; it is consumed.
+      x: float or complex, of any rank: `[batch, *space, channels]` by default.
+      rate: probability of dropping a channel, in `[0, 1]`: a number, or a float array that broadcasts
+        against x. It may be traced, and is not differentiated.
+      channel_axis: the axis of the channels; 1 for `[batch, channels, *space]`.
+      batch_axes: the axes along which decisions differ besides the channel's; `()` for one example.
+      generator: `"mix"` or `"threefry"`, as for `dropout`.
+      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Returns:
+      Array of the shape and dtype of x. NaN where a traced rate is NaN or out of range.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> y = spatial_dropout(jax.random.key(0), jnp.ones((2, 4, 4, 3)), 0.5)
+      >>> y[:, 0, 0].tolist() == y[:, 3, 2].tolist()
+      True
+
+    Reference:
+      Tompson, Goroshin, Jain, LeCun, Bregler, [Efficient object localization using convolutional
+      networks](https://arxiv.org/abs/1411.4280), 2015.
+    """
+    x = _checks.array("spatial_dropout", x)
+    checked = _checks.rate("spatial_dropout", rate, x.shape)
+    channel = _checks.dim("spatial_dropout", "channel_axis", channel_axis, x.ndim)
+    batch = _checks.dims("spatial_dropout", "batch_axes", batch_axes, x.ndim)
+    if channel in batch:
+        raise ValueError(
+            f"spatial_dropout: channel_axis must not be one of batch_axes, got {channel_axis} and {batch_axes}. "
+            "For one example without a batch pass batch_axes=()."
+        )
+    draw = bits.draw(
+        "spatial_dropout", key, x, x.shape,
+        shared=[d for d in range(x.ndim) if d != channel and d not in batch],
+        generator=generator, start=start, sharded_dims=sharded_dims,
+    )  # fmt: skip
+    return _spatial_dropout(draw, x, checked)
+
+
+@masks.redrawn
+def _spatial_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
+    return masks.apply(x, masks.keep(draw, x.shape, rate), rate, draw.generator)

@@ -1,0 +1,231 @@
+"""The dropout layers for Flax Linen: fields, and the function they call.
+
+`Dropout` takes what `flax.linen.Dropout` takes, in the same order. Every layer also accepts a key at the
+call (`rng=`) and the place of its piece (`start=`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import xla_metadata
+from jax.typing import ArrayLike
+
+from dropjax.functional import elementwise, structured
+from dropjax.sharding import ShardedDims
+
+_FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "parent", "name")
+
+
+class _Layer(nn.Module):
+    """All framework logic: deterministic or not, which key, and the function with the layer's fields."""
+
+    function: ClassVar[Callable[..., Array]]
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        deterministic: bool | None = None,
+        rng: Array | None = None,
+        *,
+        start: Mapping[int, ArrayLike] | None = None,
+    ) -> Array:
+        """Applies the layer's function to the inputs.
+
+        Args:
+          inputs: float array `[...]`.
+          deterministic: if True the inputs are returned as they are; given here or as a field.
+          rng: a key to use instead of one from `make_rng(rng_collection)`.
+          start: `{dim: index}`, where the inputs start in the whole array.
+
+        Returns:
+          Array of the shape and dtype of the inputs.
+        """
+        options = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _FRAMEWORK_FIELDS
+        }
+        return _call(self, self.function, inputs, deterministic, rng, start=start, **options)
+
+
+def _call(
+    layer: Any,
+    function: Callable[..., Array],
+    inputs: ArrayLike,
+    deterministic: bool | None = None,
+    rng: Array | None = None,
+    **options: Any,
+) -> Any:
+    deterministic = nn.merge_param("deterministic", layer.deterministic, deterministic)
+    if deterministic or (isinstance(layer.rate, int | float) and layer.rate == 0):
+        return inputs
+    key = layer.make_rng(layer.rng_collection) if rng is None else rng
+    return function(key, inputs, layer.rate, **options)
+
+
+class Dropout(_Layer):
+    """`dropjax.dropout` as a layer, in place of `flax.linen.Dropout`.
+
+    Attributes:
+      rate: probability of dropping an element, in `[0, 1]`; a number or an array, also a traced one.
+      broadcast_dims: dimensions along which the mask is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Example:
+      >>> layer = Dropout(0.5)
+      >>> y = layer.apply({}, jnp.ones((2, 3)), deterministic=False, rngs={"dropout": jax.random.key(0)})
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    generator: str = dataclasses.field(default="mix", kw_only=True)
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    function = staticmethod(elementwise.dropout)
+
+
+class GaussianDropout(_Layer):
+    """`dropjax.gaussian_dropout` as a layer: multiplicative noise of mean 1.
+
+    Attributes:
+      rate: in `[0, 1)`; the variance of the noise is rate / (1 - rate).
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    function = staticmethod(elementwise.gaussian_dropout)
+
+
+class AlphaDropout(_Layer):
+    """`dropjax.alpha_dropout` as a layer, for networks of SELU units.
+
+    Attributes:
+      rate: probability of dropping an element, in `[0, 1]`.
+      broadcast_dims: dimensions along which the mask is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    generator: str = dataclasses.field(default="mix", kw_only=True)
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    function = staticmethod(elementwise.alpha_dropout)
+
+
+class SpatialDropout(_Layer):
+    """`dropjax.spatial_dropout` as a layer: drops whole channels after a convolution.
+
+    Attributes:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    generator: str = dataclasses.field(default="mix", kw_only=True)
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    function = staticmethod(structured.spatial_dropout)
+
+
+@contextlib.contextmanager
+def replace_flax(generator: str = "mix") -> Iterator[None]:
+    """Inside this context Flax's dropout is ours, in models whose source you do not touch.
+
+    Replaces `flax.linen.Dropout` and the dropout on the attention weights of Flax's
+    `MultiHeadDotProductAttention` and its kin. Modules with a dropout of their own, or with another
+    `attention_fn`, are left alone. Parameters, rng streams and checkpoints stay as they are. A jitted
+    function is traced anew inside the context, so none keeps the dropout that it was compiled with.
+
+    Args:
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+
+    Example:
+      >>> model = nn.Dropout(0.5, deterministic=False)
+      >>> with replace_flax():
+      ...   y = model.apply({}, jnp.ones((2, 3)), rngs={"dropout": jax.random.key(0)})
+    """
+
+    def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__":
+            return next_method(*args, **kwargs)
+        if isinstance(module, nn.Dropout) and type(module).__call__ is nn.Dropout.__call__:
+            function = functools.partial(elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=generator)
+            return _call(module, function, *args, **kwargs)
+        if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
+            return next_method(*args, **kwargs)
+        # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
+        attention = functools.wraps(nn.dot_product_attention)(functools.partial(_attention, generator))
+        object.__setattr__(module, "attention_fn", attention)
+        try:
+            return next_method(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "attention_fn", nn.dot_product_attention)
+
+    # The metadata enters the key of jit's cache; nothing reads it.
+    with nn.intercept_methods(interceptor), xla_metadata.set_xla_metadata(dropjax_generator=generator):
+        yield
+
+
+def _attention(
+    generator: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    **options: Any,
+) -> Array:
+    """Flax's attention, whose dropout happens on the way into the product of weights and values."""
+    if deterministic or dropout_rate == 0:
+        return nn.dot_product_attention(
+            query, key, value, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum, **options,
+        )  # fmt: skip
+    plain = functools.partial(jnp.einsum, precision=options.pop("precision", None))
+    product = attn_weights_value_einsum or plain
+
+    def drop_and_multiply(equation: str, weights: Array, values: Array) -> Array:
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        weights = elementwise.dropout(dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=generator)
+        return product(equation, weights, values)
+
+    return nn.dot_product_attention(
+        query, key, value, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum or plain,
+        attn_weights_value_einsum=drop_and_multiply, **options,
+    )  # fmt: skip

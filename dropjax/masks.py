@@ -1,0 +1,224 @@
+"""Words to masks and noise, and their application to an array.
+
+A rate is rounded to float32 and becomes the integer threshold t = round(rate * 2^32), half to even: an
+element is dropped where its word is below t. What is kept is scaled by the inverse of the keep rate
+that t realises, q = 1 - t / 2^32, so that E[y] = x holds for the rate that is really drawn.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from dropjax import _checks, bits, sharding
+from dropjax._checks import Fixed, Rate
+
+_WORDS = 2**32
+
+
+def keep_mask(
+    key: Array,
+    shape: int | Sequence[int],
+    rate: ArrayLike,
+    *,
+    broadcast_dims: Sequence[int] = (),
+    generator: str = "mix",
+    start: Mapping[int, ArrayLike] | None = None,
+    sharded_dims: sharding.ShardedDims | None = None,
+) -> Array:
+    """Draws the mask that `dropout` applies: True where an element is kept.
+
+    P(mask = True) = q, with q = 1 - round(rate * 2^32) / 2^32 the realised keep rate.
+
+    Args:
+      key: one JAX key; it is consumed.
+      shape: the shape of the array to be masked, or of this piece of it.
+      rate: probability of dropping, in `[0, 1]`: a number, or a float array that broadcasts against
+        `shape`. Where a traced rate is NaN or out of range the mask is True and `apply_mask` gives NaN.
+      broadcast_dims: dimensions along which the mask is shared; negatives count from the end.
+      generator: `"mix"`, the contract of `dropjax.bits`, or `"threefry"`, the masks that
+        `jax.random.bernoulli(key, float32(1 - rate), shape)` draws.
+      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Returns:
+      bool `[*shape]`.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> mask = keep_mask(jax.random.key(0), (100, 100), 0.25)
+      >>> 0.73 < float(mask.mean()) < 0.77
+      True
+    """
+    lengths = _checks.shape("keep_mask", shape)
+    checked = _checks.rate("keep_mask", rate, lengths)
+    draw = bits.draw(
+        "keep_mask", key, None, lengths,
+        shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
+    )  # fmt: skip
+    return _keep_mask(draw, checked, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _keep_mask(draw: bits.Draw, rate: Rate, shape: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(keep(draw, shape, rate), shape)
+
+
+def apply_mask(x: ArrayLike, mask: ArrayLike, rate: ArrayLike) -> Array:
+    """Zeroes x where the mask is False and scales the rest so that the expectation is x.
+
+    y = x / q where kept, 0 elsewhere, with q the keep rate that `rate` realises: E[y] = x and
+    Var[y] = x^2 (1 - q) / q for a mask that `keep_mask` drew with the same rate.
+
+    Args:
+      x: float or complex `[...]`.
+      mask: bool, True = kept; broadcasts against x. Any mask, also a stored one, will do.
+      rate: probability of dropping, in `[0, 1]`: a number, or a float array that broadcasts against x.
+
+    Returns:
+      Array of the shape and dtype of x. Values are scaled in float32 at least, and rounded once.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> apply_mask(jnp.ones(3), jnp.array([True, False, True]), 0.5)
+      Array([2., 0., 2.], dtype=float32)
+    """
+    x = _checks.array("apply_mask", x)
+    return _apply_mask(x, _checks.mask("apply_mask", mask, x.shape), _checks.rate("apply_mask", rate, x.shape))
+
+
+@jax.jit
+def _apply_mask(x: Array, mask: Array, rate: Rate) -> Array:
+    return apply(x, mask, rate)
+
+
+def redrawn(formula: Callable[..., Array]) -> Callable[..., Array]:
+    """Compiles a formula of a draw so that its backward pass draws again instead of storing a mask.
+
+    What is kept between the passes is the key's words, and those arguments that are arrays and that
+    the derivative needs: a rate, but not x where the formula is linear in x.
+    """
+    return jax.jit(jax.checkpoint(formula, prevent_cse=False))
+
+
+def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:
+    """True where an element is kept; of length 1 along shared dimensions of a rate that allows it."""
+    if draw.generator == "threefry":
+        # jax draws a uniform of 23 bits and keeps where it is below float32(1 - rate)
+        uniform = bits.threefry_words(draw, shape) >> np.uint32(9)
+        return uniform < _bernoulli_threshold(rate)
+    t = threshold(rate)
+    if isinstance(rate, Fixed):
+        if t in (0, _WORDS):
+            return jnp.full(shape, t == 0)
+        return bits.words(draw, shape) >= np.uint32(t)
+    return (bits.words(draw, shape) >= t) & (rate != 1)
+
+
+def threshold(rate: Rate) -> Any:
+    """round(rate * 2^32), half to even: an int for a fixed rate, else uint32 with 0 for a rate of 1."""
+    if isinstance(rate, Fixed):
+        return round(float(np.float32(rate.value)) * _WORDS)
+    rate = lax.stop_gradient(rate)
+    return jnp.where((rate > 0) & (rate < 1), jnp.round(rate * np.float32(_WORDS)), 0).astype(jnp.uint32)
+
+
+def _bernoulli_threshold(rate: Rate) -> ArrayLike:
+    if isinstance(rate, Fixed):
+        return np.uint32(np.ceil(np.float32(1 - rate.value) * np.float32(2**23)))
+    kept = jnp.where(valid(rate), 1 - lax.stop_gradient(rate), 1)
+    return jnp.ceil(kept * np.float32(2**23)).astype(jnp.uint32)
+
+
+def valid(rate: Rate) -> Array:
+    """Whether a traced rate is in [0, 1]; NaN is not."""
+    value = jnp.float32(rate.value) if isinstance(rate, Fixed) else lax.stop_gradient(rate)
+    return (value >= 0) & (value <= 1)
+
+
+def keep_rate(rate: Rate, dtype: Any = np.float32) -> Any:
+    """q = 1 - t / 2^32, rounded once to dtype; a NumPy number for a fixed rate."""
+    t = threshold(rate)
+    if isinstance(rate, Fixed):
+        return np.dtype(dtype).type((_WORDS - t) / _WORDS)
+    q = jnp.where(t == 0, 1, (-t).astype(dtype) * np.dtype(dtype).type(2.0**-32))
+    return jnp.where(rate == 1, 0, q)
+
+
+def scale(rate: Rate, dtype: Any = np.float32) -> Any:
+    """1 / q; 0 at a rate of 1, where nothing is kept, and NaN where a traced rate is out of range."""
+    q = keep_rate(rate, dtype)
+    if isinstance(rate, Fixed):
+        return q if q == 0 else q.dtype.type(1) / q
+    inverse = reciprocal(jnp.where(q == 0, 1, q)) if q.dtype == jnp.float32 else 1 / jnp.where(q == 0, 1, q)
+    return jnp.where(valid(rate), jnp.where(q == 0, 0, inverse), np.nan)
+
+
+def reciprocal(q: Array) -> Array:
+    """1 / q for float32 q in [2^-32, 1], correctly rounded on every backend.
+
+    Accelerators divide to within 2 ulp. The remainder of the integer significands, which wraps at 2^32
+    but is small, says by how much the quotient is off.
+    """
+    word = lax.bitcast_convert_type(q, jnp.uint32)
+    exponent, significand = word >> np.uint32(23), (word & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
+    # 2^47 / significand, in [2^23, 2^24], from the bits of the quotient of the significand alone
+    unit = lax.bitcast_convert_type((word & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000), jnp.float32)
+    quotient = (np.float32(2**24) / unit).astype(jnp.uint32)
+    for _ in range(3):
+        remainder = lax.bitcast_convert_type(-(quotient * significand), jnp.int32)
+        quotient = jnp.where(remainder < 0, quotient - np.uint32(1), quotient)
+        quotient = jnp.where(remainder >= significand.astype(jnp.int32), quotient + np.uint32(1), quotient)
+    remainder = -(quotient * significand)
+    quotient = quotient + (np.uint32(2) * remainder >= significand).astype(jnp.uint32)
+    rounded = ((np.uint32(253) - exponent) << np.uint32(23)) + (quotient - np.uint32(0x800000))
+    return lax.bitcast_convert_type(rounded, jnp.float32)
+
+
+def apply(x: Array, kept: Array, rate: Rate, generator: str = "mix") -> Array:
+    """x / q where kept, 0 elsewhere; a true select, so that an infinity that is dropped is 0."""
+    if generator == "threefry":
+        scaled = _divided(x, rate)
+    elif isinstance(rate, Fixed) and threshold(rate) == 0:
+        scaled = x
+    else:
+        scaled = times(x, scale(rate, wide(x)))
+    nothing = 0 if isinstance(rate, Fixed) else jnp.where(valid(rate), 0, np.nan)
+    return jnp.where(kept, scaled, jnp.asarray(nothing, x.dtype))
+
+
+def _divided(x: Array, rate: Rate) -> Array:
+    """x / (1 - rate) in the dtype of x, as Flax divides."""
+    if isinstance(rate, Fixed):
+        return jnp.zeros_like(x) if rate.value == 1 else x / (1 - rate.value)
+    kept = jnp.where(rate == 1, 1, 1 - lax.stop_gradient(rate))
+    return x / jnp.where(valid(rate), kept, np.nan).astype(x.dtype)
+
+
+def wide(x: Array) -> Any:
+    """The dtype in which x is scaled: float32 at least."""
+    return np.dtype(np.float64) if x.dtype in (jnp.float64, jnp.complex128) else np.dtype(np.float32)
+
+
+def times(x: Array, factor: ArrayLike) -> Array:
+    """x * factor for a real factor of at least float32, rounded once to the dtype of x."""
+    dtype = wide(x)
+    factor = jnp.asarray(factor, dtype)
+    if jnp.iscomplexobj(x):
+        return lax.complex(jnp.real(x) * factor, jnp.imag(x) * factor)
+    return (x.astype(dtype) * factor).astype(x.dtype)
+
+
+def normal(draw: bits.Draw, shape: tuple[int, ...]) -> Array:
+    """Standard normal float32 noise: the inverse distribution function at a 24-bit midpoint, so E = 0 exactly."""
+    odd = (bits.words(draw, shape) >> np.uint32(8)).astype(jnp.int32) * 2 + (1 - 2**24)
+    return np.float32(np.sqrt(2)) * lax.erf_inv(odd.astype(jnp.float32) * np.float32(2.0**-24))

@@ -1,0 +1,88 @@
+"""How far confidence can be trusted."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from dropjax import _checks
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram: predictions binned by confidence, `[bins]` each; NaN where a bin is empty."""
+
+    confidence: Array
+    """Mean confidence of the predictions in each bin."""
+    accuracy: Array
+    """Share of them that are right."""
+    size: Array
+    """How many there are, int32."""
+
+
+def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Reliability:
+    """Bins predictions by confidence, the highest class probability, into bins of equal width.
+
+    Bin b holds the confidences in (b / bins, (b + 1) / bins].
+
+    Args:
+      probabilities: float `[n, classes]`.
+      labels: int `[n]`, the true classes.
+      num_bins: number of bins over [0, 1].
+
+    Returns:
+      `Reliability`.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> reliability(jnp.array([[0.9, 0.1], [0.4, 0.6]]), jnp.array([0, 0]), num_bins=2).accuracy
+      Array([nan, 0.5], dtype=float32)
+
+    Reference:
+      Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
+      networks](https://arxiv.org/abs/1706.04599), 2017.
+    """
+    probabilities, labels = jnp.asarray(probabilities), jnp.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            "reliability: probabilities and labels must be of shapes [n, classes] and [n], "
+            f"got {_checks.describe(probabilities)} and {_checks.describe(labels)}."
+        )
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+    size = jnp.zeros(num_bins, jnp.int32).at[bins].add(1)
+    total = jnp.zeros(num_bins, confidence.dtype)
+    return Reliability(
+        total.at[bins].add(confidence) / size, total.at[bins].add(right.astype(confidence.dtype)) / size, size
+    )
+
+
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Array:
+    """Expected calibration error: the mean gap between confidence and accuracy.
+
+    ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over bins of equal width.
+
+    Args:
+      probabilities: float `[n, classes]`.
+      labels: int `[n]`, the true classes.
+      num_bins: number of bins over [0, 1].
+
+    Returns:
+      Scalar in `[0, 1]`, of the dtype of the probabilities.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    Example:
+      >>> calibration_error(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]))
+      Array(0.5, dtype=float32)
+
+    Reference:
+      Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
+      networks](https://arxiv.org/abs/1706.04599), 2017.
+    """
+    bins = reliability(probabilities, labels, num_bins=num_bins)
+    gap = jnp.abs(bins.accuracy - bins.confidence)
+    return jnp.where(bins.size > 0, gap * bins.size, 0).sum() / bins.size.sum()

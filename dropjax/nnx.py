@@ -1,0 +1,287 @@
+"""The dropout layers for Flax NNX: fields, and the function they call.
+
+`Dropout` takes what `flax.nnx.Dropout` takes, in the same order. Every layer also accepts a key at the
+call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutable stream, and the place of
+its piece (`start=`).
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.attention import dot_product_attention_weights
+from jax import Array
+from jax.typing import ArrayLike
+
+from dropjax.functional import elementwise, structured
+from dropjax.sharding import ShardedDims
+
+_FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "rngs")
+_Model = TypeVar("_Model", bound=nnx.Module)
+
+
+class _Signature:
+    """The signature of a class, which the metaclass of NNX hides; instances keep that of `__call__`."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]  # the class's own, by intent
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class _Layer(nnx.Module):
+    """All framework logic: deterministic or not, which key, and the function with the layer's fields."""
+
+    function: ClassVar[Callable[..., Array]]
+    __signature__ = _Signature()
+
+    rate: ArrayLike
+    deterministic: bool | None
+    rng_collection: str
+    rngs: nnx.Rngs | nnx.RngStream | None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every layer is a dataclass
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                setattr(self, field.name, tuple(value))
+            elif isinstance(value, Mapping):
+                setattr(self, field.name, tuple(sorted(value.items(), key=str)))
+        if isinstance(self.rngs, nnx.Rngs):
+            self.rngs = self.rngs[self.rng_collection].fork()
+        elif isinstance(self.rngs, nnx.RngStream):
+            self.rngs = self.rngs.fork()
+        elif self.rngs is None:
+            self.rngs = nnx.data(None)
+        else:
+            raise TypeError(f"rngs must be a Rngs, RngStream or None, but got {type(self.rngs)}.")
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        start: Mapping[int, ArrayLike] | None = None,
+    ) -> Array:
+        """Applies the layer's function to the inputs.
+
+        Args:
+          inputs: float array `[...]`.
+          deterministic: if True the inputs are returned as they are; overrides the field.
+          rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
+          start: `{dim: index}`, where the inputs start in the whole array.
+
+        Returns:
+          Array of the shape and dtype of the inputs.
+        """
+        deterministic = _first(
+            deterministic,
+            self.deterministic,
+            error="No `deterministic` argument was provided to Dropout. Pass it to the constructor, to `__call__`, "
+            "or use `nnx.view(model, deterministic=...)`.",
+        )
+        if deterministic or (isinstance(self.rate, int | float) and self.rate == 0):
+            return inputs  # type: ignore[return-value]  # what came in goes out
+        source = _first(
+            rngs,
+            self.rngs,
+            error="`deterministic` is False, but no `rngs` argument was provided to Dropout as either a __call__ "
+            "argument or class attribute.",
+        )
+        options = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every layer is a dataclass
+            if field.name not in _FRAMEWORK_FIELDS
+        }
+        return self.function(_key(source, self.rng_collection), inputs, self.rate, start=start, **options)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Class method used by `nnx.view`.
+
+        Args:
+          deterministic: if True, disables dropout.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+def _first(*values: Any, error: str) -> Any:
+    for value in values:
+        if value is not None:
+            return value
+    raise ValueError(error)
+
+
+def _key(source: Any, collection: str) -> Array:
+    if isinstance(source, nnx.Rngs):
+        return source[collection]()
+    if isinstance(source, nnx.RngStream):
+        return source()
+    if isinstance(source, Array):
+        return source
+    raise TypeError(f"rngs must be a Rngs, RngStream or jax.Array, but got {type(source)}.")
+
+
+@nnx.dataclass(eq=False)
+class Dropout(_Layer):
+    """`dropjax.dropout` as a layer, in place of `flax.nnx.Dropout`.
+
+    Args:
+      rate: probability of dropping an element, in `[0, 1]`; a number or an array, also a traced one.
+      broadcast_dims: dimensions along which the mask is shared.
+      deterministic: if True the inputs are returned as they are; `model.train()` and `model.eval()` set it.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Example:
+      >>> layer = Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((2, 3)))
+      >>> y = jax.jit(lambda key, x: layer(x, rngs=key))(jax.random.key(1), y)
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    generator: str = "mix"
+    sharded_dims: ShardedDims | None = None
+    function = staticmethod(elementwise.dropout)
+
+
+@nnx.dataclass(eq=False)
+class GaussianDropout(_Layer):
+    """`dropjax.gaussian_dropout` as a layer: multiplicative noise of mean 1.
+
+    Args:
+      rate: in `[0, 1)`; the variance of the noise is rate / (1 - rate).
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    function = staticmethod(elementwise.gaussian_dropout)
+
+
+@nnx.dataclass(eq=False)
+class AlphaDropout(_Layer):
+    """`dropjax.alpha_dropout` as a layer, for networks of SELU units.
+
+    Args:
+      rate: probability of dropping an element, in `[0, 1]`.
+      broadcast_dims: dimensions along which the mask is shared.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    generator: str = "mix"
+    sharded_dims: ShardedDims | None = None
+    function = staticmethod(elementwise.alpha_dropout)
+
+
+@nnx.dataclass(eq=False)
+class SpatialDropout(_Layer):
+    """`dropjax.spatial_dropout` as a layer: drops whole channels after a convolution.
+
+    Args:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    generator: str = "mix"
+    sharded_dims: ShardedDims | None = None
+    function = staticmethod(structured.spatial_dropout)
+
+
+def replace_flax(model: _Model, generator: str = "mix") -> _Model:
+    """Puts our dropout into an NNX model whose source you do not touch; changes and returns the model.
+
+    Replaces every `flax.nnx.Dropout`, wherever it stands (also in lists and shared), and the dropout on
+    the attention weights of Flax's `MultiHeadAttention`. Subclasses with a dropout of their own, and
+    modules with another `attention_fn`, are left alone. Parameters and rng streams stay as they are.
+
+    Args:
+      model: an `nnx.Module`.
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+
+    Returns:
+      The same model.
+
+    Example:
+      >>> layer = replace_flax(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+      >>> type(layer) is Dropout
+      True
+    """
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Dropout:  # changed in place, so that lists, dicts and shared references keep it
+            ours: Any = module
+            ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
+        elif isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
+            module.attention_fn = _attention(generator)
+    return model
+
+
+@functools.cache
+def _attention(generator: str) -> Callable[..., Array]:
+    """Flax's attention with our dropout on its weights; one function a generator, so that jit's cache holds."""
+
+    def attention(
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        broadcast_dropout: bool = True,
+        dropout_rng: Any = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        **options: Any,
+    ) -> Array:
+        if deterministic or dropout_rate == 0:
+            return nnx.dot_product_attention(query, key, value, deterministic=True, **options)
+        weights = dot_product_attention_weights(query, key, deterministic=True, **options)
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        weights = elementwise.dropout(dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=generator)
+        value = jnp.repeat(value.astype(weights.dtype), weights.shape[-3] // value.shape[-2], axis=-2)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=options.get("precision"))
+
+    return attention

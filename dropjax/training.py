@@ -1,0 +1,219 @@
+"""A small training loop: one jitted step, progress, checkpoints and exact resume.
+
+Nothing random needs saving: the key of a step is a function of (seed, step).
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from dropjax import _checks
+from dropjax._checkpoints import Checkpoints, Run
+
+
+class Fit(NamedTuple):
+    """What training returns."""
+
+    state: Any
+    """The trained state, of the kind that was given."""
+    optimizer_state: Any
+    """The state of the optax optimizer."""
+    losses: np.ndarray
+    """The loss of every step, float32 `[steps]`, also of the steps before a restart."""
+    history: list[tuple[int, dict[str, float]]]
+    """What `evaluate` returned, with the number of steps done, also from before a restart."""
+
+
+def fit(
+    loss_fn: Callable[[Any, Any, Array], Any],
+    state: Any,
+    optimizer: optax.GradientTransformation,
+    data: Callable[[int], Any],
+    *,
+    seed: int,
+    steps: int,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    evaluate_every: int = 100,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    progress: bool = True,
+) -> Fit:
+    """Trains a state: step t draws with `fold_in(key(seed), t)` and sees the batch `data(t)`.
+
+    The same arguments give the same parameters, also when a run is killed at any moment and started
+    again with the same `checkpoint_dir`: it continues from its last good checkpoint.
+
+    Args:
+      loss_fn: `loss_fn(state, batch, key)` returns the loss, a float scalar; or a pair of the loss and
+        the collections that changed, as Linen's `apply(..., mutable=[...])` returns them. It is traced
+        once, under `jax.jit`.
+      state: what is trained. A pytree of float arrays; or a mapping with `"params"`, which alone are
+        trained, and other collections (Linen's variables); or an `nnx.Module`, whose `nnx.Param` are
+        trained and whose other state follows what the call changes. It is not modified.
+      optimizer: an optax transformation.
+      data: the batch of a step, any pytree of arrays; it must depend on the step alone.
+      seed: seed of all keys.
+      steps: how many steps to have done at the end.
+      evaluate: called with the state after every `evaluate_every` steps and at the end; returns named
+        numbers, which appear in `history` and in the progress bar.
+      evaluate_every: number of steps from one evaluation to the next.
+      checkpoint_dir: where checkpoints are written and looked for; None for none. Needs
+        `dropjax[train]`. A checkpoint is verified when it is read; a broken one is passed over.
+      checkpoint_every: number of steps from one checkpoint to the next; one is also written at the end.
+      progress: whether to show a progress bar; needs `dropjax[train]`.
+
+    Returns:
+      `Fit`.
+
+    Raises:
+      FloatingPointError: if the loss of a step is NaN or infinite; no checkpoint is written after it.
+      TypeError, ValueError: if an argument is not as said above, or the checkpoints are of another run.
+
+    Example:
+      >>> import optax
+      >>> loss = lambda w, x, key: jnp.mean((x * w - 2 * x) ** 2)
+      >>> fit(loss, jnp.zeros(()), optax.sgd(0.5), lambda step: jnp.ones(4), seed=0, steps=50, progress=False).state
+      Array(2., dtype=float32)
+    """
+    seed, steps = _checks.integer("fit", "seed", seed, 0), _checks.integer("fit", "steps", steps, 0)
+    evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
+    checkpoint_every = _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
+    for argument, function in {"loss_fn": loss_fn, "data": data}.items():
+        if not callable(function):
+            raise TypeError(f"fit: {argument} must be a function, got {_checks.describe(function)}.")
+    parts = _parts(state)
+    step_fn = _step(loss_fn, optimizer, parts)
+    trained = _copied(parts.trained)
+    run = Run(trained, _copied(optimizer.init(trained)), parts.carried)
+    first, losses = 0, np.zeros(0, np.float32)
+    history: list[tuple[int, dict[str, float]]] = []
+    checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir), seed)
+    if checkpoints and (found := checkpoints.restore(run)):
+        first, run, losses, history = found
+        if first > steps:
+            raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
+    losses = np.concatenate([losses, np.zeros(steps - first, np.float32)])
+    root = jax.random.key(seed)
+    ahead: Array | None = None  # the loss of the step before, not waited for
+
+    with _bar(first, steps, progress) as bar:
+        for step in range(first, steps):
+            trained, optimizer_state, carried, loss = step_fn(*run, data(step), jax.random.fold_in(root, step))
+            run, done = Run(trained, optimizer_state, carried), step + 1
+            if ahead is not None:
+                losses[step - 1] = _finite(ahead, step - 1)
+            ahead = loss
+            evaluates = evaluate is not None and (done % evaluate_every == 0 or done == steps)
+            saves = checkpoints is not None and (done % checkpoint_every == 0 or done == steps)
+            if evaluates or saves or done == steps:
+                losses[step], ahead = _finite(loss, step), None
+            if evaluate is not None and evaluates:
+                measured = evaluate(parts.merge(_copied(run.trained), run.carried))
+                history.append((done, {name: float(value) for name, value in measured.items()}))
+                bar.set_postfix(history[-1][1], refresh=False)
+            if checkpoints is not None and saves:
+                checkpoints.save(done, run, losses[:done], history)
+            bar.update()
+    return Fit(parts.merge(run.trained, run.carried), run.optimizer_state, losses, history)
+
+
+class _Parts(NamedTuple):
+    """A state in its parts: what is trained, and what is carried along."""
+
+    trained: Any
+    carried: Any
+    merge: Callable[[Any, Any], Any]  # (trained, carried) -> state
+    carry: Callable[[Any, Any], Any]  # (state after the call, changed collections) -> carried
+
+
+def _parts(state: Any) -> _Parts:
+    if isinstance(state, nnx.Module):
+        graph, trained, carried = nnx.split(state, nnx.Param, nnx.Not(nnx.Param))  # type: ignore[misc]  # its stub
+        return _Parts(
+            trained,
+            carried,
+            lambda trained, carried: nnx.merge(graph, trained, carried, copy=True),
+            lambda model, changed: nnx.state(model, nnx.Not(nnx.Param)),
+        )
+    if isinstance(state, Mapping) and "params" in state:
+        carried = {name: value for name, value in state.items() if name != "params"}
+        return _Parts(
+            state["params"],
+            carried,
+            lambda trained, carried: {"params": trained, **carried},
+            lambda variables, changed: _replaced({k: v for k, v in variables.items() if k != "params"}, changed),
+        )
+    return _Parts(state, {}, lambda trained, carried: trained, lambda state, changed: _replaced({}, changed))
+
+
+def _replaced(carried: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    if not changed.keys() <= carried.keys():
+        raise ValueError(
+            f"fit: loss_fn must return changes to {sorted(carried)}, the collections of the state beside 'params', "
+            f"got {sorted(changed)}. Give the state those collections, or do not return them."
+        )
+    return {**carried, **changed}
+
+
+def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, parts: _Parts) -> Callable[..., Any]:
+    def loss_of(trained: Any, carried: Any, batch: Any, key: Array) -> tuple[Array, Any]:
+        state = parts.merge(trained, carried)
+        result = loss_fn(state, batch, key)
+        loss, changed = result if isinstance(result, tuple) else (result, {})
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(f"fit: loss_fn must return a float scalar, got {_checks.describe(loss)}.")
+        return loss, parts.carry(state, changed)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[Any, Any, Any, Array]:
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, carried), gradients = gradient(trained, carried, batch, key)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
+        return optax.apply_updates(trained, updates), optimizer_state, carried, loss
+
+    return step
+
+
+def _copied(tree: Any) -> Any:
+    """The step takes its arguments' memory, which must not be the caller's."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _finite(loss: Array, step: int) -> np.float32:
+    value = np.float32(loss)
+    if not np.isfinite(value):
+        raise FloatingPointError(
+            f"fit: the loss must be finite, got {value} at step {step}. Nothing was saved after that step: lower the "
+            f"learning rate, clip the gradients, or look at data({step})."
+        )
+    return value
+
+
+def _bar(first: int, steps: int, progress: bool) -> Any:
+    if not progress:
+        return _NoBar()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("fit: progress needs tqdm: pip install 'dropjax[train]', or pass progress=False.") from None
+    return tqdm(initial=first, total=steps, desc="training", unit="step")
+
+
+class _NoBar(contextlib.nullcontext):
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
