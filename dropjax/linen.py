@@ -16,6 +16,7 @@ from jax import Array
 from jax.experimental import xla_metadata
 from jax.typing import ArrayLike
 
+from dropjax import sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
@@ -26,6 +27,11 @@ class _Layer(nn.Module):
     """All framework logic: deterministic or not, which key, and the function with the layer's fields."""
 
     function: ClassVar[Callable[..., Array]]
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "sharded_dims"):
+            object.__setattr__(self, "sharded_dims", sharding.pairs(self.sharded_dims))
+        super().__post_init__()
 
     def __call__(
         self,

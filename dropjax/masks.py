@@ -127,22 +127,26 @@ def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:
 def threshold(rate: Rate) -> Any:
     """round(rate * 2^32), half to even: an int for a fixed rate, else uint32 with 0 for a rate of 1."""
     if isinstance(rate, Fixed):
-        return round(float(np.float32(rate.value)) * _WORDS)
-    rate = lax.stop_gradient(rate)
-    return jnp.where((rate > 0) & (rate < 1), jnp.round(rate * np.float32(_WORDS)), 0).astype(jnp.uint32)
+        return round(float(number(rate)) * _WORDS)
+    r = number(rate)
+    return jnp.where((r > 0) & (r < 1), jnp.round(r * np.float32(_WORDS)), 0).astype(jnp.uint32)
 
 
 def _bernoulli_threshold(rate: Rate) -> ArrayLike:
     if isinstance(rate, Fixed):
         return np.uint32(np.ceil(np.float32(1 - rate.value) * np.float32(2**23)))
-    kept = jnp.where(valid(rate), 1 - lax.stop_gradient(rate), 1)
+    kept = jnp.where(valid(rate), 1 - number(rate), 1)
     return jnp.ceil(kept * np.float32(2**23)).astype(jnp.uint32)
 
 
-def valid(rate: Rate) -> Array:
-    """Whether a traced rate is in [0, 1]; NaN is not."""
-    value = jnp.float32(rate.value) if isinstance(rate, Fixed) else lax.stop_gradient(rate)
-    return (value >= 0) & (value <= 1)
+def valid(rate: Rate) -> Any:
+    """Whether a rate is in [0, 1]; a traced one may not be."""
+    return (number(rate) >= 0) & (number(rate) <= 1)
+
+
+def number(rate: Rate) -> Any:
+    """The rate in float32, a NumPy number where it is fixed; it is not differentiated."""
+    return np.float32(rate.value) if isinstance(rate, Fixed) else lax.stop_gradient(rate)
 
 
 def keep_rate(rate: Rate, dtype: Any = np.float32) -> Any:
@@ -173,7 +177,7 @@ def reciprocal(q: Array) -> Array:
     exponent, significand = word >> np.uint32(23), (word & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
     # 2^47 / significand, in [2^23, 2^24], from the bits of the quotient of the significand alone
     unit = lax.bitcast_convert_type((word & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000), jnp.float32)
-    quotient = (np.float32(2**24) / unit).astype(jnp.uint32)
+    quotient = lax.div(jnp.full_like(unit, 2**24), unit).astype(jnp.uint32)
     for _ in range(3):
         remainder = lax.bitcast_convert_type(-(quotient * significand), jnp.int32)
         quotient = jnp.where(remainder < 0, quotient - np.uint32(1), quotient)
@@ -200,7 +204,7 @@ def _divided(x: Array, rate: Rate) -> Array:
     """x / (1 - rate) in the dtype of x, as Flax divides."""
     if isinstance(rate, Fixed):
         return jnp.zeros_like(x) if rate.value == 1 else x / (1 - rate.value)
-    kept = jnp.where(rate == 1, 1, 1 - lax.stop_gradient(rate))
+    kept = jnp.where(rate == 1, 1, 1 - number(rate))
     return x / jnp.where(valid(rate), kept, np.nan).astype(x.dtype)
 
 

@@ -17,6 +17,7 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
@@ -45,13 +46,14 @@ class _Layer(nnx.Module):
     rng_collection: str
     rngs: nnx.Rngs | nnx.RngStream | None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, sharding.pairs(value) if name == "sharded_dims" else value)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every layer is a dataclass
             value = getattr(self, field.name)
             if isinstance(value, list):
                 setattr(self, field.name, tuple(value))
-            elif isinstance(value, Mapping):
-                setattr(self, field.name, tuple(sorted(value.items(), key=str)))
         if isinstance(self.rngs, nnx.Rngs):
             self.rngs = self.rngs[self.rng_collection].fork()
         elif isinstance(self.rngs, nnx.RngStream):

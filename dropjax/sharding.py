@@ -57,6 +57,14 @@ def place(
     return tuple(origin)
 
 
+def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Sequence[str]], ...] | None:
+    """The mapping as sorted pairs, which a layer stores so that it can be hashed; None stays None."""
+    if not isinstance(sharded_dims, Mapping):
+        return sharded_dims
+    found = {d: names if isinstance(names, str) else tuple(names) for d, names in sharded_dims.items()}
+    return tuple(sorted(found.items(), key=lambda pair: str(pair[0])))
+
+
 def _axes_of_dims(
     function: str, sharded_dims: ShardedDims | None, rank: int, manual: tuple[str, ...]
 ) -> dict[int | None, tuple[str, ...]]:

@@ -91,6 +91,14 @@ def fit(
         if not callable(function):
             raise TypeError(f"fit: {argument} must be a function, got {_checks.describe(function)}.")
     parts = _parts(state)
+    if not jax.tree.leaves(parts.trained):
+        raise ValueError(f"fit: state must have something to train, got {_checks.describe(state)}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts.trained):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
+                f"{jax.tree_util.keystr(path)}. What is not trained goes beside 'params'."
+            )
     step_fn = _step(loss_fn, optimizer, parts)
     trained = _copied(parts.trained)
     run = Run(trained, _copied(optimizer.init(trained)), parts.carried)

@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _checks, bits, masks, sharding
-from dropjax._checks import Fixed, Rate
+from dropjax._checks import Rate
 
 ALPHA_PRIME = -1.7580993408473766
 """-scale * alpha of SELU: the value that SELU saturates to, to which alpha dropout drops."""
@@ -116,11 +116,9 @@ def gaussian_dropout(
 
 @masks.redrawn
 def _gaussian_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
-    if isinstance(rate, Fixed):
-        stddev = np.sqrt(np.float32(rate.value / (1 - rate.value)))
-    else:
-        good = masks.valid(rate) & (rate < 1)
-        stddev = jnp.where(good, jnp.sqrt(rate / jnp.where(good, 1 - rate, 1)), np.nan)
+    r = masks.number(rate)
+    good = (r >= 0) & (r < 1)
+    stddev = jnp.where(good, jnp.sqrt(jnp.where(good, r, 0) / jnp.where(good, 1 - r, 1)), np.nan)
     return masks.times(x, 1 + stddev * masks.normal(draw, x.shape))
 
 

@@ -1,0 +1,300 @@
+"""Bad input: every message, and that it comes before any computation."""
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dropjax
+import dropjax.linen
+import dropjax.nnx
+from dropjax import bits, mc
+
+KEY, X = jax.random.key(0), jnp.ones((2, 3))
+
+PLACED = [dropjax.dropout, dropjax.gaussian_dropout, dropjax.alpha_dropout, dropjax.spatial_dropout]
+everywhere = pytest.mark.parametrize("function", PLACED, ids=lambda f: f.__name__)
+
+
+def raises(kind, message, function, *args, **kwargs):
+    """Raises this message, eagerly and while tracing under jit."""
+    name = getattr(function, "__name__", "")
+    for run in [function, lambda *a, **k: jax.jit(lambda: function(*a, **k))()]:
+        with pytest.raises(kind) as caught:
+            run(*args, **kwargs)
+        assert message in str(caught.value)
+        if name in dir(dropjax):
+            assert str(caught.value).startswith(f"{name}: ")
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("rate", "kind", "message"),
+    [
+        (np.nan, ValueError, "rate must be in [0, 1"),
+        (-0.1, ValueError, "got -0.1."),
+        (1.5, ValueError, "got 1.5."),
+        (np.float32(2), ValueError, "got 2.0. For a percentage, pass 0.02."),
+        (30, ValueError, "got 30.0. For a percentage, pass 0.3."),
+        (-np.inf, ValueError, "got -inf."),
+        (np.array([[0.1], [1.1]]), ValueError, "got 1.1."),
+        ("half", TypeError, "rate must be a number or a float array, got 'half' (str)."),
+        (None, TypeError, "rate must be a number or a float array, got None (NoneType)."),
+        (True, TypeError, "rate must be a number or a float array, got True (bool)."),
+        ([0.5], TypeError, "rate must be a number or a float array, got [0.5] (list)."),
+        (0.5j, TypeError, "rate must be a number or a float array"),
+        (np.array(True), TypeError, "rate must be a number or a float array, got bool[]."),
+        (np.array([0.1, 0.2]), ValueError, "rate must broadcast against the shape (2, 3) of x, got shape (2,)."),
+        (
+            np.full((4, 2, 3), 0.5),
+            ValueError,
+            "rate must broadcast against the shape (2, 3) of x, got shape (4, 2, 3).",
+        ),
+    ],
+    ids=str,
+)
+def test_rate(function, rate, kind, message):
+    raises(kind, message, function, KEY, X, rate)
+
+
+def test_rate_in_concrete_jax_array():
+    with pytest.raises(ValueError, match=r"dropout: rate must be in \[0, 1\], got 1.5."):
+        dropjax.dropout(KEY, X, jnp.float32(1.5))
+
+
+def test_rate_traced_that_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"dropout: rate must broadcast against the shape \(2, 3\) of x"):
+        jax.jit(lambda rate: dropjax.dropout(KEY, X, rate))(jnp.zeros(2))
+
+
+def test_rate_one_of_gaussian_dropout():
+    for rate in [1.0, 1 - 1e-12, np.float32(1)]:  # rounded to float32 first
+        raises(
+            ValueError, "rate must be in [0, 1) (its variance is infinite at 1)", dropjax.gaussian_dropout, KEY, X, rate
+        )
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((2, 3), jnp.int32), "x must be a float or complex array, got int32[2,3]."),
+        (np.ones((2, 3), bool), "x must be a float or complex array, got bool[2,3]."),
+        (3, "x must be a float or complex array, got int32[]."),
+        ([1.0, 2.0], "x must be a float or complex array, got [1.0, 2.0] (list)."),
+        (None, "x must be a float or complex array, got None (NoneType)."),
+        (KEY, "x must be a float or complex array, got key<fry>[]."),
+        (jnp.ones((2, 3), jnp.float8_e8m0fnu), "x must have a dtype with a zero and a NaN, got float8_e8m0fnu[2,3]."),
+    ],
+    ids=str,
+)
+def test_x(function, x, message):
+    raises(TypeError, message, function, KEY, x, 0.5)
+
+
+def test_integer_x_names_the_remedy():
+    raises(TypeError, "convert with x.astype(jnp.float32)", dropjax.dropout, KEY, jnp.arange(3), 0.5)
+
+
+def test_complex_alpha_dropout():
+    raises(
+        TypeError,
+        "x must be a real float array, got complex64[2]",
+        dropjax.alpha_dropout,
+        KEY,
+        jnp.ones(2, jnp.complex64),
+        0.5,
+    )
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("key", "kind", "message"),
+    [
+        (0, TypeError, "key must be a JAX random key, got 0. Make one with jax.random.key(0)"),
+        (None, TypeError, "key must be a JAX random key, got None (NoneType)."),
+        (np.ones((2, 3), np.float32), TypeError, "the order of the arguments is key first"),
+        (jax.random.split(KEY, 3), ValueError, "key must be one key, got an array of keys of shape (3,)."),
+        (jax.random.PRNGKey(0)[None], ValueError, "key must be one key, got an array of keys of shape (1,)."),
+        (np.zeros(3, np.uint32), ValueError, "key must be one key of 1, 2 or 4 words, got uint32[3]."),
+        (np.uint32(3), ValueError, "key must be one key of 1, 2 or 4 words, got uint32[]."),
+        (np.zeros(2, np.int32), TypeError, "key must be a JAX random key, got int32[2]."),
+    ],
+    ids=["int", "None", "array", "keys", "legacy keys", "three words", "scalar word", "signed"],
+)
+def test_key(function, key, kind, message):
+    raises(kind, message, function, key, X, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "kind", "message"),
+    [
+        ((2,), ValueError, "broadcast_dims must be in [-2, 2) for rank 2, got 2."),
+        ((-3,), ValueError, "broadcast_dims must be in [-2, 2) for rank 2, got -3."),
+        ((0, -2), ValueError, "broadcast_dims must name each dimension once, got (0, -2)."),
+        ((0.5,), TypeError, "broadcast_dims must name dimensions by integers, got 0.5."),
+        ("01", TypeError, "broadcast_dims must be a sequence of dimensions, got '01' (str)."),
+        (None, TypeError, "broadcast_dims must be a sequence of dimensions, got None (NoneType)."),
+    ],
+)
+def test_broadcast_dims(dims, kind, message):
+    for function in [dropjax.dropout, dropjax.gaussian_dropout, dropjax.alpha_dropout]:
+        raises(kind, message, function, KEY, X, 0.5, broadcast_dims=dims)
+    raises(kind, message, dropjax.keep_mask, KEY, (2, 3), 0.5, broadcast_dims=dims)
+
+
+def test_axes_of_spatial_dropout():
+    raises(
+        ValueError,
+        "channel_axis must be in [-2, 2) for rank 2, got 2.",
+        dropjax.spatial_dropout,
+        KEY,
+        X,
+        0.5,
+        channel_axis=2,
+    )
+    raises(
+        ValueError, "channel_axis must not be one of batch_axes, got 0 and (0,).",
+        dropjax.spatial_dropout, KEY, X, 0.5, channel_axis=0,
+    )  # fmt: skip
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("start", "kind", "message"),
+    [
+        ({0: 2**32 - 1}, ValueError, "indices must be below 2^32, got 4294967295 to 4294967296 along dimension 0."),
+        ({-1: 2**32}, ValueError, "indices must be below 2^32, got 4294967296 to 4294967298 along dimension 1."),
+        ({0: -1}, ValueError, "start[0] must not be negative, got -1."),
+        ({0: 1.0}, TypeError, "start[0] must be an integer, got 1.0."),
+        ({0: True}, TypeError, "start[0] must be an integer, got True (bool)."),
+        ({0: jnp.zeros(2, jnp.int32)}, TypeError, "start[0] must be an integer, got int32[2]."),
+        ({2: 0}, ValueError, "start must be in [-2, 2) for rank 2, got 2."),
+        ({0: 1, -2: 1}, ValueError, "start must name each dimension once, got (0, -2)."),
+        ((0, 4), TypeError, "start must be a mapping {dim: index}, got (0, 4) (tuple)."),
+    ],
+    ids=str,
+)
+def test_start(function, start, kind, message):
+    raises(kind, message, function, KEY, X, 0.5, start=start)
+
+
+def test_indices_past_two_to_the_32():
+    raises(
+        ValueError,
+        "indices must be below 2^32, got 0 to 4294967296 along dimension 0.",
+        bits.random_words,
+        KEY,
+        (2**32 + 1,),
+    )
+
+
+def test_shape():
+    raises(ValueError, "shape must not be negative, got (2, -1).", dropjax.keep_mask, KEY, (2, -1), 0.5)
+    raises(TypeError, "shape must be a tuple of integers, got 'ab' (str).", dropjax.keep_mask, KEY, "ab", 0.5)
+    raises(TypeError, "random_words: shape must be a tuple of integers, got 2.5.", bits.random_words, KEY, 2.5)
+
+
+def test_generator():
+    raises(
+        ValueError,
+        "generator must be one of ('mix', 'threefry'), got 'rbg' (str).",
+        dropjax.dropout,
+        KEY,
+        X,
+        0.5,
+        generator="rbg",
+    )
+    message = "generator must be 'mix' where start or sharded_dims is given, got 'threefry'"
+    raises(ValueError, message, dropjax.dropout, KEY, X, 0.5, generator="threefry", start={0: 1})
+    key = jax.random.key(0, impl="rbg")
+    raises(
+        ValueError, "generator='threefry' must be given a threefry key, got key<rbg>[].",
+        dropjax.dropout, key, X, 0.5, generator="threefry",
+    )  # fmt: skip
+
+
+def test_mask_of_apply_mask():
+    raises(TypeError, "mask must be a boolean array (True = kept), got float32[2,3].", dropjax.apply_mask, X, X, 0.5)
+    mask = jnp.ones((4,), bool)
+    raises(
+        ValueError,
+        "mask must broadcast against the shape (2, 3) of x, got shape (4,).",
+        dropjax.apply_mask,
+        X,
+        mask,
+        0.5,
+    )
+
+
+def test_options_are_keyword_only():
+    for function in PLACED:
+        with pytest.raises(TypeError, match="positional argument"):
+            function(KEY, X, 0.5, (0,))
+
+
+def test_linen_errors_are_those_of_flax():
+    for ours, theirs in [(dropjax.linen.Dropout, nn.Dropout)]:
+        for fields, call in [({}, {}), ({"deterministic": True}, {"deterministic": True})]:
+            message = []
+            for layer in [ours, theirs]:
+                with pytest.raises(ValueError, match="deterministic") as caught:
+                    layer(0.5, **fields).apply({}, X, **call)
+                message.append((type(caught.value), str(caught.value)))
+            assert message[0] == message[1]
+        message = []
+        for layer in [ours, theirs]:
+            with pytest.raises(flax.errors.InvalidRngError) as caught:
+                layer(0.5).apply({}, X, deterministic=False)
+            message.append(str(caught.value))
+        assert message[0] == message[1]
+
+
+@pytest.mark.parametrize("name", ["Dropout", "GaussianDropout", "AlphaDropout", "SpatialDropout"])
+def test_layers_raise_the_errors_of_their_function(name):
+    for call in [
+        lambda rate: getattr(dropjax.linen, name)(rate).apply({}, X, False, rng=KEY),
+        lambda rate: getattr(dropjax.nnx, name)(rate)(X, rngs=KEY),
+    ]:
+        with pytest.raises(ValueError, match=r"rate must be in \[0, 1.*got 1.5"):
+            call(1.5)
+
+
+def test_nnx_errors_are_those_of_flax():
+    for layer in [dropjax.nnx.Dropout, nnx.Dropout]:
+        with pytest.raises(
+            ValueError, match="`deterministic` is False, but no `rngs` argument was provided to Dropout"
+        ):
+            layer(0.5)(X)
+        with pytest.raises(ValueError, match="No `deterministic` argument was provided to Dropout"):
+            layer(0.5, deterministic=None)(X)
+        with pytest.raises(TypeError, match="rngs must be a Rngs, RngStream or None, but got"):
+            layer(0.5, rngs=3)
+        with pytest.raises(TypeError, match=r"rngs must be a Rngs, RngStream or jax\.Array, but got"):
+            layer(0.5)(X, rngs="key")
+
+
+@pytest.mark.parametrize("function", [mc.sample, mc.classify], ids=lambda f: f.__name__)
+def test_monte_carlo(function):
+    def fn(key):
+        return dropjax.dropout(key, X, 0.5)
+
+    name = function.__name__
+    raises(ValueError, f"{name}: num_samples must be at least 1, got 0.", function, fn, KEY, 0)
+    raises(TypeError, f"{name}: num_samples must be an integer, got 1.5.", function, fn, KEY, 1.5)
+    raises(ValueError, f"{name}: chunk_size must be at least 1, got 0.", function, fn, KEY, 3, chunk_size=0)
+    raises(TypeError, f"{name}: fn must be a function of a key, got 3.", function, 3, KEY, 3)
+    raises(TypeError, f"{name}: key must be a JAX random key, got 0.", function, fn, 0, 3)
+    message = "classify: fn must return logits, a float array [..., classes], got "
+    raises(TypeError, message + "int32[3].", mc.classify, lambda key: jnp.arange(3), KEY, 3)
+    raises(TypeError, message, mc.classify, lambda key: (X, X), KEY, 3)
+
+
+def test_reliability():
+    with pytest.raises(
+        ValueError, match=r"reliability: probabilities and labels must be of shapes \[n, classes\] and \[n\]"
+    ):
+        mc.reliability(jnp.ones((3, 2)), jnp.zeros(2, jnp.int32))

@@ -1,0 +1,203 @@
+"""Our dropout in Flax models whose source stays as it is: a transformer with attention, a convolutional network."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dropjax.linen
+import dropjax.nnx
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class Block(nn.Module):
+    shared: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.LayerNorm()(x)
+        y = nn.MultiHeadDotProductAttention(2, dropout_rate=0.2, broadcast_dropout=self.shared)(
+            y, deterministic=not train
+        )
+        x = x + nn.Dropout(0.1, deterministic=not train)(y)
+        y = nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))
+        return x + nn.Dropout(0.3)(nn.Dense(8)(y), deterministic=not train)
+
+
+class Transformer(nn.Module):
+    shared: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        for _ in range(2):
+            x = nn.remat(Block, static_argnums=(2,))(self.shared)(x, train)
+        return x
+
+
+class Convolutional(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = nn.Dropout(0.25, broadcast_dims=(1, 2), deterministic=not train)(x)
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x.reshape(len(x), -1)))
+
+
+class NnxTransformer(nnx.Module):
+    def __init__(self, shared, rngs):
+        self.attention = nnx.MultiHeadAttention(
+            2, 8, dropout_rate=0.2, broadcast_dropout=shared, decode=False, deterministic=False, rngs=rngs
+        )
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)])
+        self.shared = self.layers[1]
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class NnxConvolutional(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Sequential(
+            nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.relu, nnx.Dropout(0.25, broadcast_dims=(1, 2), rngs=rngs)
+        )
+        self.head = nnx.Dict(dropout=nnx.Dropout(0.5, rngs=rngs))
+
+    def __call__(self, x):
+        return self.head["dropout"](self.body(x))
+
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 6, 6, 1)).astype(np.float32)
+SEQUENCES = np.random.default_rng(0).normal(size=(3, 5, 8)).astype(np.float32)
+LINEN = {
+    "transformer": (Transformer(), SEQUENCES),
+    "transformer, a mask a head": (Transformer(shared=False), SEQUENCES),
+    "convolutional": (Convolutional(), IMAGES),
+}
+models = pytest.mark.parametrize(("model", "x"), LINEN.values(), ids=LINEN.keys())
+
+
+def setup(model, x):
+    variables = model.init({"params": jax.random.key(0)}, x, train=False)
+    return variables, lambda key: model.apply(variables, x, rngs={"dropout": key})
+
+
+@models
+def test_linen_threefry_gives_what_flax_gives(model, x):
+    _, run = setup(model, x)
+    expected = run(jax.random.key(1))
+    with dropjax.linen.replace_flax("threefry"):
+        np.testing.assert_allclose(run(jax.random.key(1)), expected, rtol=1e-5, atol=1e-6)
+
+
+@models
+def test_linen_draws_our_masks_and_leaves_the_rest(model, x):
+    variables, run = setup(model, x)
+    theirs = run(jax.random.key(1))
+    with dropjax.linen.replace_flax():
+        ours = run(jax.random.key(1))
+        np.testing.assert_array_equal(run(jax.random.key(1)), ours)
+        inside = model.init({"params": jax.random.key(0)}, x, train=False)
+        evaluated = model.apply(variables, x, train=False)
+    assert (ours != theirs).any()
+    np.testing.assert_array_equal(run(jax.random.key(1)), theirs)
+    jax.tree.map(np.testing.assert_array_equal, inside, variables)
+    np.testing.assert_array_equal(evaluated, model.apply(variables, x, train=False))
+
+
+@models
+def test_linen_calls_only_our_dropout(model, x, monkeypatch):
+    """No draw is left to jax.random.bernoulli, which Flax's layers and attention call."""
+    _, run = setup(model, x)
+    monkeypatch.setattr(jax.random, "bernoulli", None)
+    with pytest.raises(TypeError, match="not callable"):
+        run(jax.random.key(1))
+    with dropjax.linen.replace_flax():
+        run(jax.random.key(1))
+
+
+def test_jitted_function_is_traced_anew_inside_and_outside():
+    _, run = setup(*LINEN["transformer"])
+    run = jax.jit(run)
+    theirs = run(jax.random.key(1))
+    with dropjax.linen.replace_flax():
+        ours = run(jax.random.key(1))
+    with dropjax.linen.replace_flax("threefry"):
+        same = run(jax.random.key(1))
+    np.testing.assert_array_equal(run(jax.random.key(1)), theirs)
+    assert (ours != theirs).any()
+    np.testing.assert_allclose(same, theirs, rtol=1e-5, atol=1e-6)
+    fresh = jax.jit(lambda key: setup(*LINEN["transformer"])[1](key))
+    with dropjax.linen.replace_flax():
+        np.testing.assert_allclose(fresh(jax.random.key(1)), ours, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fresh(jax.random.key(1)), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_weights_that_are_sown_are_those_before_dropout():
+    layer = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=False)
+    variables = layer.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, SEQUENCES)
+
+    def run():
+        return layer.apply(
+            variables, SEQUENCES, sow_weights=True, mutable=["intermediates"], rngs={"dropout": jax.random.key(1)}
+        )
+
+    (theirs, expected) = run()
+    with dropjax.linen.replace_flax("threefry"):
+        ours, sown = run()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, sown, expected)
+
+
+def test_layers_with_a_dropout_of_their_own_are_left_alone():
+    class Doubling(nn.Dropout):
+        def __call__(self, inputs, deterministic=None, rng=None):
+            return inputs * 2
+
+    with dropjax.linen.replace_flax():
+        np.testing.assert_array_equal(Doubling(0.5).apply({}, jnp.ones(3)), 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "make", [NnxTransformer, lambda shared, rngs: NnxConvolutional(rngs)], ids=["transformer", "conv"]
+)
+def test_nnx_model(make, shared, monkeypatch):
+    x = SEQUENCES if make is NnxTransformer else IMAGES
+
+    def model():
+        return make(shared, nnx.Rngs(0))
+
+    theirs = model()(x)
+    np.testing.assert_allclose(dropjax.nnx.replace_flax(model(), "threefry")(x), theirs, rtol=1e-5, atol=1e-6)
+    ours = dropjax.nnx.replace_flax(model())
+    for ours_leaf, leaf in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (ours, model())), strict=True):
+        np.testing.assert_array_equal(ours_leaf, leaf)
+    assert not any(type(m) is nnx.Dropout for _, m in nnx.iter_modules(ours))
+    assert (nnx.clone(ours)(x) != theirs).any()
+    evaluated = nnx.view(model(), deterministic=True)(x)
+    np.testing.assert_allclose(nnx.view(ours, deterministic=True)(x), evaluated, rtol=1e-6)
+    monkeypatch.setattr(jax.random, "bernoulli", None)
+    jitted = nnx.jit(lambda model, x: model(x))
+    assert (jitted(ours, x) != jitted(ours, x)).any()
+
+
+def test_nnx_shared_modules_stay_shared():
+    model = dropjax.nnx.replace_flax(NnxTransformer(True, nnx.Rngs(0)))
+    assert model.shared is model.layers[1]
+    assert type(model.shared) is dropjax.nnx.Dropout
+
+
+def test_nnx_grouped_query_attention():
+    """Fewer heads of keys and values than of queries, as the attention function itself allows."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (2, 5, h, 6)) for k, h in zip(keys, [4, 2, 2], strict=True))
+    options = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.5, "broadcast_dropout": False}
+    expected = nnx.dot_product_attention(query, key, value, **options)
+    layer = dropjax.nnx.replace_flax(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), "threefry")
+    np.testing.assert_allclose(layer.attention_fn(query, key, value, **options), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,136 @@
+"""Every variant under JAX's transformations: the same masks, and nothing kept that can be drawn again."""
+
+import itertools
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dropjax
+from tests.test_variants import RATE, assert_same, draw, every, having, inputs
+
+
+@every
+def test_residuals_are_the_key_words_and_an_array_rate(variant, key, capsys):
+    x = inputs((64, 8, 32))
+
+    def kept(rate):
+        jax.ad_checkpoint.print_saved_residuals(lambda x: draw(variant, key, x, rate), x)
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert kept(RATE) == ["u32[2]"]
+    assert sorted(kept(jnp.float32(RATE))) == ["f32[]", "u32[2]"]
+    assert sorted(kept(jnp.full((64, 1, 1), RATE))) == ["f32[64,1,1]", "u32[2]"]
+
+
+@every
+def test_no_array_lives_from_forward_to_backward(variant, key):
+    x = inputs((64, 8, 32))
+    _, backward = jax.vjp(lambda x: draw(variant, key, x), x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(backward) if hasattr(leaf, "nbytes")) == 8
+
+
+@having("linear")
+def test_jvp_and_hessian_vector_product(variant, key):
+    x, v = inputs(), inputs() * 0.5
+    y, tangent = jax.jvp(lambda x: draw(variant, key, x), (x,), (v,))
+    assert_same(variant, y, draw(variant, key, x), x)
+    assert_same(variant, tangent, draw(variant, key, v), v)
+    noise = draw(variant, key, jnp.ones_like(x))
+    _, product = jax.jvp(jax.grad(lambda x: (draw(variant, key, x) ** 3).sum()), (x,), (v,))
+    np.testing.assert_allclose(product, 6 * noise**3 * x * v, rtol=1e-5)
+    _, product = jax.jvp(jax.grad(lambda x: (draw(variant, key, x, jnp.float32(RATE)) ** 3).sum()), (x,), (v,))
+    np.testing.assert_allclose(product, 6 * noise**3 * x * v, rtol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("batched", [c for n in range(1, 5) for c in itertools.combinations(range(4), n)])
+def test_vmap_means_a_loop(variant, key, batched):
+    """Over any combination of key, x, rate and start: what is not batched is the same in every row."""
+    one = (key, inputs(), jnp.float32(RATE), jnp.uint32(7))
+    many = (
+        jax.random.split(key, 3),
+        jnp.stack([inputs(), inputs() + 1, inputs() * 2]),
+        jnp.array([0.1, 0.3, 0.5]),
+        jnp.array([0, 5, 9], jnp.uint32),
+    )
+    arguments = [many[i] if i in batched else one[i] for i in range(4)]
+    axes = [0 if i in batched else None for i in range(4)]
+
+    def call(key, x, rate, start):
+        return draw(variant, key, x, rate, start={0: start})
+
+    rows = jax.vmap(call, in_axes=axes)(*arguments)
+    for row in range(3):
+        single = [many[i][row] if i in batched else one[i] for i in range(4)]
+        assert_same(variant, rows[row], call(*single), single[1])
+
+
+@every
+def test_scan(variant, key):
+    x, keys = inputs(), jax.random.split(key, 4)
+    _, scanned = jax.jit(lambda: jax.lax.scan(lambda c, key: (c, draw(variant, key, x)), 0, keys))()
+    for row, one in zip(scanned, keys, strict=True):
+        assert_same(variant, row, draw(variant, one, x), x)
+
+
+@every
+def test_remat_and_cond(variant, key):
+    x = inputs()
+
+    def loss(x):
+        return (draw(variant, key, jnp.sin(x)) ** 2).sum()
+
+    gradient = jax.grad(loss)(x)
+    for policy in [None, jax.checkpoint_policies.dots_saveable]:
+        np.testing.assert_allclose(jax.grad(jax.checkpoint(loss, policy=policy))(x), gradient, rtol=1e-5)
+    chosen = jax.jit(lambda train: jax.lax.cond(train, lambda x: draw(variant, key, x), lambda x: x, x))
+    assert_same(variant, chosen(True), draw(variant, key, x), x)
+    np.testing.assert_array_equal(chosen(False), x)
+
+
+@every
+def test_donated_buffers(variant, key):
+    x = inputs((64, 32, 8))
+    expected = draw(variant, key, x)
+    step = jax.jit(lambda x: draw(variant, key, x), donate_argnums=0)
+    assert_same(variant, step(x), expected, inputs((64, 32, 8)))
+    assert x.is_deleted()
+
+
+@every
+def test_linearize_and_transpose_use_the_same_mask(variant, key):
+    x = inputs()
+    _, pushforward = jax.linearize(lambda x: draw(variant, key, x), x)
+    _, pullback = jax.vjp(lambda x: draw(variant, key, x), x)
+    assert_same(variant, pushforward(x), pullback(x)[0], x)
+
+
+def test_four_microbatches_draw_the_masks_of_the_full_batch(key):
+    """Accumulated gradients are those of the full batch: integers, so that no order of sums matters."""
+    batch = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (16, 6)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(1).integers(-8, 8, (6,)), jnp.float32)
+
+    def loss(weights, x, start):
+        return (dropjax.dropout(key, x * weights[None], 0.5, start={0: start}) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    parts = [gradient(weights, batch[i : i + 4], i) for i in range(0, 16, 4)]
+    np.testing.assert_array_equal(sum(parts), gradient(weights, batch, 0))
+
+
+def test_reverse_mode_through_a_scan_keeps_no_masks(key):
+    """A thousand steps of a recurrent net with dropout store keys, not masks: bytes grow by 8 a step."""
+
+    def bytes_kept(steps, rate):
+        keys = jax.random.split(key, steps)
+
+        def loss(x):
+            return jax.lax.scan(lambda x, key: (dropjax.dropout(key, x, rate), None), x, keys)[0].sum()
+
+        _, backward = jax.vjp(loss, jnp.ones((128, 128)))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(backward) if hasattr(leaf, "nbytes"))
+
+    assert bytes_kept(40, 0.5) - bytes_kept(20, 0.5) == 20 * 8
