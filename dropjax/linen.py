@@ -26,7 +26,7 @@ _FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "parent", "name"
 class _Layer(nn.Module):
     """All framework logic: deterministic or not, which key, and the function with the layer's fields."""
 
-    function: ClassVar[Callable[..., Array]]
+    _function: ClassVar[Callable[..., Array]]
 
     def __post_init__(self) -> None:
         if hasattr(self, "sharded_dims"):
@@ -57,7 +57,7 @@ class _Layer(nn.Module):
             for field in dataclasses.fields(self)
             if field.name not in _FRAMEWORK_FIELDS
         }
-        return _call(self, self.function, inputs, deterministic, rng, start=start, **options)
+        return _call(self, self._function, inputs, deterministic, rng, start=start, **options)
 
 
 def _call(
@@ -97,7 +97,7 @@ class Dropout(_Layer):
     rng_collection: str = "dropout"
     generator: str = dataclasses.field(default="mix", kw_only=True)
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
-    function = staticmethod(elementwise.dropout)
+    _function = staticmethod(elementwise.dropout)
 
 
 class GaussianDropout(_Layer):
@@ -116,7 +116,7 @@ class GaussianDropout(_Layer):
     deterministic: bool | None = None
     rng_collection: str = "dropout"
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
-    function = staticmethod(elementwise.gaussian_dropout)
+    _function = staticmethod(elementwise.gaussian_dropout)
 
 
 class AlphaDropout(_Layer):
@@ -137,7 +137,7 @@ class AlphaDropout(_Layer):
     rng_collection: str = "dropout"
     generator: str = dataclasses.field(default="mix", kw_only=True)
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
-    function = staticmethod(elementwise.alpha_dropout)
+    _function = staticmethod(elementwise.alpha_dropout)
 
 
 class SpatialDropout(_Layer):
@@ -160,7 +160,7 @@ class SpatialDropout(_Layer):
     rng_collection: str = "dropout"
     generator: str = dataclasses.field(default="mix", kw_only=True)
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
-    function = staticmethod(structured.spatial_dropout)
+    _function = staticmethod(structured.spatial_dropout)
 
 
 @contextlib.contextmanager

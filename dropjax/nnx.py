@@ -38,7 +38,7 @@ class _Signature:
 class _Layer(nnx.Module):
     """All framework logic: deterministic or not, which key, and the function with the layer's fields."""
 
-    function: ClassVar[Callable[..., Array]]
+    _function: ClassVar[Callable[..., Array]]
     __signature__ = _Signature()
 
     rate: ArrayLike
@@ -101,7 +101,7 @@ class _Layer(nnx.Module):
             for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every layer is a dataclass
             if field.name not in _FRAMEWORK_FIELDS
         }
-        return self.function(_key(source, self.rng_collection), inputs, self.rate, start=start, **options)
+        return self._function(_key(source, self.rng_collection), inputs, self.rate, start=start, **options)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Class method used by `nnx.view`.
@@ -157,7 +157,7 @@ class Dropout(_Layer):
     rngs: nnx.Rngs | nnx.RngStream | None = None
     generator: str = "mix"
     sharded_dims: ShardedDims | None = None
-    function = staticmethod(elementwise.dropout)
+    _function = staticmethod(elementwise.dropout)
 
 
 @nnx.dataclass(eq=False)
@@ -180,7 +180,7 @@ class GaussianDropout(_Layer):
     rng_collection: str = "dropout"
     rngs: nnx.Rngs | nnx.RngStream | None = None
     sharded_dims: ShardedDims | None = None
-    function = staticmethod(elementwise.gaussian_dropout)
+    _function = staticmethod(elementwise.gaussian_dropout)
 
 
 @nnx.dataclass(eq=False)
@@ -205,7 +205,7 @@ class AlphaDropout(_Layer):
     rngs: nnx.Rngs | nnx.RngStream | None = None
     generator: str = "mix"
     sharded_dims: ShardedDims | None = None
-    function = staticmethod(elementwise.alpha_dropout)
+    _function = staticmethod(elementwise.alpha_dropout)
 
 
 @nnx.dataclass(eq=False)
@@ -232,7 +232,7 @@ class SpatialDropout(_Layer):
     rngs: nnx.Rngs | nnx.RngStream | None = None
     generator: str = "mix"
     sharded_dims: ShardedDims | None = None
-    function = staticmethod(structured.spatial_dropout)
+    _function = staticmethod(structured.spatial_dropout)
 
 
 def replace_flax(model: _Model, generator: str = "mix") -> _Model:

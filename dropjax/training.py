@@ -19,6 +19,8 @@ from jax import Array
 from dropjax import _checks
 from dropjax._checkpoints import Checkpoints, Run
 
+_DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds out of the same seed
+
 
 class Fit(NamedTuple):
     """What training returns."""
@@ -47,10 +49,11 @@ def fit(
     checkpoint_every: int = 1000,
     progress: bool = True,
 ) -> Fit:
-    """Trains a state: step t draws with `fold_in(key(seed), t)` and sees the batch `data(t)`.
+    """Trains a state: the key of a step is a function of (seed, step), and its batch is `data(step)`.
 
     The same arguments give the same parameters, also when a run is killed at any moment and started
-    again with the same `checkpoint_dir`: it continues from its last good checkpoint.
+    again with the same `checkpoint_dir`: it continues from its last good checkpoint. A folder is for one
+    run: another seed, state or optimizer is an error, but another `loss_fn` or `data` is not noticed.
 
     Args:
       loss_fn: `loss_fn(state, batch, key)` returns the loss, a float scalar; or a pair of the loss and
@@ -110,7 +113,7 @@ def fit(
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
     losses = np.concatenate([losses, np.zeros(steps - first, np.float32)])
-    root = jax.random.key(seed)
+    root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
     ahead: Array | None = None  # the loss of the step before, not waited for
 
     with _bar(first, steps, progress) as bar:

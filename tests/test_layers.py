@@ -61,7 +61,7 @@ def test_fields_are_the_parameters_of_the_function(name):
         layer = getattr(module, name)
         options = {
             p.name: p.default
-            for p in inspect.signature(layer.function).parameters.values()
+            for p in inspect.signature(layer._function).parameters.values()
             if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name != "start"  # start is given at the call
         }
         fields = {f.name: f.default for f in dataclasses.fields(layer) if f.name not in FRAMEWORK}
@@ -70,7 +70,7 @@ def test_fields_are_the_parameters_of_the_function(name):
 
 def test_every_variant_has_both_layers():
     for module in [dropjax.linen, dropjax.nnx]:
-        layers = {n for n, c in vars(module).items() if inspect.isclass(c) and hasattr(c, "function") and n[0] != "_"}
+        layers = {n for n, c in vars(module).items() if inspect.isclass(c) and hasattr(c, "_function") and n[0] != "_"}
         assert layers == set(NAMES)
 
 
@@ -116,6 +116,14 @@ def test_nnx_layers_are_modules(name, key):
     np.testing.assert_array_equal(layer(x), x)
     layer.train()
     assert (layer(x) != x).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_in_tables(name):
+    """Flax's tabulate wraps every public function that it finds on a module's class."""
+    assert name in nnx.tabulate(getattr(dropjax.nnx, name)(0.5, rngs=nnx.Rngs(0)), inputs())
+    layer = getattr(dropjax.linen, name)(0.5, deterministic=False)
+    assert name in layer.tabulate({"dropout": jax.random.key(0)}, inputs())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,9 +35,15 @@ def test_rates_between_float32_numbers(key):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.77, 1.0])
 def test_values_are_those_of_flax(key, rate, broadcast_dims):
     x = jax.random.normal(key, (4, 5, 6))
-    theirs = nn.Dropout(rate, broadcast_dims, deterministic=False).apply({}, x, rngs={"dropout": key})
+    theirs = nn.Dropout(rate, broadcast_dims, deterministic=False)
     ours = dropjax.linen.Dropout(rate, broadcast_dims, deterministic=False, generator="threefry")
-    np.testing.assert_array_equal(ours.apply({}, x, rngs={"dropout": key}), theirs)
+
+    def run(layer):
+        return layer.apply({}, x, rngs={"dropout": key})
+
+    np.testing.assert_array_equal(jax.jit(run, static_argnums=0)(ours), jax.jit(run, static_argnums=0)(theirs))
+    # eagerly Flax divides by a variable; XLA of jax 0.10.0 multiplies by the inverse of a constant
+    np.testing.assert_array_max_ulp(run(ours), run(theirs), maxulp=1)
 
 
 class Network(nn.Module):
@@ -93,4 +99,4 @@ def test_an_nnx_model_draws_the_same_masks():
     theirs = nnx.Dropout(0.3, rngs=nnx.Rngs(dropout=5))
     x = jax.random.normal(jax.random.key(0), (9, 9))
     for _ in range(3):
-        np.testing.assert_array_equal(ours(x), theirs(x))
+        np.testing.assert_array_max_ulp(ours(x), theirs(x), maxulp=1)  # as above

@@ -53,9 +53,9 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
     bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
     size = jnp.zeros(num_bins, jnp.int32).at[bins].add(1)
-    total = jnp.zeros(num_bins, confidence.dtype)
+    zeros, in_bin = jnp.zeros(num_bins, confidence.dtype), size.astype(confidence.dtype)
     return Reliability(
-        total.at[bins].add(confidence) / size, total.at[bins].add(right.astype(confidence.dtype)) / size, size
+        zeros.at[bins].add(confidence) / in_bin, zeros.at[bins].add(right.astype(zeros.dtype)) / in_bin, size
     )
 
 
@@ -85,4 +85,5 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
     """
     bins = reliability(probabilities, labels, num_bins=num_bins)
     gap = jnp.abs(bins.accuracy - bins.confidence)
-    return jnp.where(bins.size > 0, gap * bins.size, 0).sum() / bins.size.sum()
+    share = bins.size.astype(gap.dtype) / bins.size.sum().astype(gap.dtype)
+    return jnp.where(bins.size > 0, gap * share, 0).sum()

@@ -48,7 +48,8 @@ def classify(
     inside `jax.jit`.
 
     Args:
-      fn: function of a key that returns logits, float `[..., classes]`.
+      fn: function of a key that returns logits, float `[..., classes]`. One that ignores its key, with one
+        sample, gives the same fields for a deterministic pass.
       key: one JAX key.
       num_samples: T, at least 1.
       chunk_size: how many samples are computed at a time; memory is O(chunk_size); None for all.

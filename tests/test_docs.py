@@ -1,0 +1,68 @@
+"""Every example that a reader may copy runs: docstrings, README and the pages in docs/."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import dropjax
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["dropjax", *sorted(m.name for m in pkgutil.walk_packages(dropjax.__path__, "dropjax."))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    known = {"jax": jax, "jnp": jnp, "np": np, "nn": nn, "nnx": nnx}
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs=known, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The blocks of a page run in order, in one namespace; `>>>` blocks are doctests."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+def test_the_first_shell_block_holds_two_commands():
+    lines = [line for line in blocks(ROOT / "README.md", "bash")[0].splitlines() if line.strip()]
+    assert len(lines) == 2
+    assert "examples/mc_digits.py" in lines[0]
+    assert "pytest" in lines[1]
+
+
+def test_links_within_the_repository_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_main_job_runs(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "mc_digits.py"), "--out", str(tmp_path)]
+    command += ["--steps", "60", "--samples", "10", "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "AUROC" in run.stdout
+    assert (tmp_path / "mc_digits.png").stat().st_size > 50_000
+    assert (tmp_path / "mc_digits.json").exists()
