@@ -21,6 +21,7 @@ from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
 _FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "parent", "name")
+_FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
 
 
 class _Layer(nn.Module):
@@ -185,7 +186,7 @@ def replace_flax(generator: str = "mix") -> Iterator[None]:
         module = context.module
         if context.method_name != "__call__":
             return next_method(*args, **kwargs)
-        if isinstance(module, nn.Dropout) and type(module).__call__ is nn.Dropout.__call__:
+        if isinstance(module, _FlaxDropout) and type(module).__call__ is _FlaxDropout.__call__:
             function = functools.partial(elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=generator)
             return _call(module, function, *args, **kwargs)
         if getattr(module, "attention_fn", None) is not nn.dot_product_attention:

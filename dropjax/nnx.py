@@ -22,6 +22,7 @@ from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
 _FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "rngs")
+_FlaxDropout = nnx.Dropout  # Flax's own, also where somebody sets flax.nnx.Dropout to ours
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
@@ -54,14 +55,8 @@ class _Layer(nnx.Module):
             value = getattr(self, field.name)
             if isinstance(value, list):
                 setattr(self, field.name, tuple(value))
-        if isinstance(self.rngs, nnx.Rngs):
-            self.rngs = self.rngs[self.rng_collection].fork()
-        elif isinstance(self.rngs, nnx.RngStream):
-            self.rngs = self.rngs.fork()
-        elif self.rngs is None:
-            self.rngs = nnx.data(None)
-        else:
-            raise TypeError(f"rngs must be a Rngs, RngStream or None, but got {type(self.rngs)}.")
+        flax = _FlaxDropout(0.5, rng_collection=self.rng_collection, rngs=self.rngs)  # forks, and raises its own error
+        self.rngs = nnx.data(flax.rngs)
 
     def __call__(
         self,
@@ -82,26 +77,21 @@ class _Layer(nnx.Module):
         Returns:
           Array of the shape and dtype of the inputs.
         """
-        deterministic = _first(
-            deterministic,
-            self.deterministic,
-            error="No `deterministic` argument was provided to Dropout. Pass it to the constructor, to `__call__`, "
-            "or use `nnx.view(model, deterministic=...)`.",
-        )
-        if deterministic or (isinstance(self.rate, int | float) and self.rate == 0):
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic or (deterministic is not None and isinstance(self.rate, int | float) and self.rate == 0):
             return inputs  # type: ignore[return-value]  # what came in goes out
-        source = _first(
-            rngs,
-            self.rngs,
-            error="`deterministic` is False, but no `rngs` argument was provided to Dropout as either a __call__ "
-            "argument or class attribute.",
-        )
+        source = self.rngs if rngs is None else rngs
+        if deterministic is None or not isinstance(source, nnx.Rngs | nnx.RngStream | Array):
+            return _FlaxDropout(0.5, deterministic=deterministic)(inputs, rngs=source)  # raises Flax's own error
+        if isinstance(source, nnx.Rngs):
+            source = source[self.rng_collection]
+        key = source() if isinstance(source, nnx.RngStream) else source
         options = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every layer is a dataclass
             if field.name not in _FRAMEWORK_FIELDS
         }
-        return self._function(_key(source, self.rng_collection), inputs, self.rate, start=start, **options)
+        return self._function(key, inputs, self.rate, start=start, **options)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Class method used by `nnx.view`.
@@ -111,23 +101,6 @@ class _Layer(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
-
-
-def _first(*values: Any, error: str) -> Any:
-    for value in values:
-        if value is not None:
-            return value
-    raise ValueError(error)
-
-
-def _key(source: Any, collection: str) -> Array:
-    if isinstance(source, nnx.Rngs):
-        return source[collection]()
-    if isinstance(source, nnx.RngStream):
-        return source()
-    if isinstance(source, Array):
-        return source
-    raise TypeError(f"rngs must be a Rngs, RngStream or jax.Array, but got {type(source)}.")
 
 
 @nnx.dataclass(eq=False)
@@ -255,7 +228,7 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
       True
     """
     for _, module in nnx.iter_modules(model):
-        if type(module) is nnx.Dropout:  # changed in place, so that lists, dicts and shared references keep it
+        if type(module) is _FlaxDropout:  # changed in place, so that lists, dicts and shared references keep it
             ours: Any = module
             ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
         elif isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:

@@ -201,3 +201,15 @@ def test_nnx_grouped_query_attention():
     expected = nnx.dot_product_attention(query, key, value, **options)
     layer = dropjax.nnx.replace_flax(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), "threefry")
     np.testing.assert_allclose(layer.attention_fn(query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flax_dropout_set_to_ours(monkeypatch):
+    """What people do first: nnx.Dropout = dropjax.nnx.Dropout."""
+    monkeypatch.setattr(nnx, "Dropout", dropjax.nnx.Dropout)
+    monkeypatch.setattr(nn, "Dropout", dropjax.linen.Dropout)
+    with pytest.raises(ValueError, match="no `rngs` argument was provided to Dropout"):
+        nnx.Dropout(0.5)(SEQUENCES)
+    ours = nn.Dropout(0.5, deterministic=False, generator="threefry")
+    expected = ours.apply({}, SEQUENCES, rngs={"dropout": jax.random.key(0)})
+    with dropjax.linen.replace_flax():  # leaves our own layers, and their fields, alone
+        np.testing.assert_array_equal(ours.apply({}, SEQUENCES, rngs={"dropout": jax.random.key(0)}), expected)
