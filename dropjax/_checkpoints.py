@@ -33,6 +33,8 @@ class Checkpoints:
         except ImportError:
             raise ImportError("fit: checkpoint_dir needs Orbax: pip install 'dropjax[train]'.") from None
         self._ocp, self._folder, self._seed = ocp, folder.absolute(), seed
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"fit: checkpoint_dir must be a folder, got the file {self._folder}.")
         self._folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._folder / "steps", options=options)
@@ -83,7 +85,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         warnings.warn(
-            f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ ({error}).",
+            f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ "
+            f"({type(error).__name__}: {str(error)[:200]}).",
             stacklevel=4,
         )
         aside = self._folder / "broken" / str(step)

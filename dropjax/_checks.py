@@ -6,7 +6,7 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 import dataclasses
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 MAX_INDEX = 2**32  # every index of an element is a 32-bit word
+_ORDER = "The order of the arguments is key, x, rate."
 GENERATORS = ("mix", "threefry")
 _WITHOUT_ZERO_OR_NAN = ("float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
 
@@ -33,9 +34,15 @@ Rate = Fixed | Array
 
 def describe(value: Any) -> str:
     """`float32[4,3]` for arrays, `1.5` or `'half' (str)` for everything else."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if is_array(value):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return f"{value!r}" if type(value) in (int, float) else f"{value!r} ({type(value).__name__})"
+    text = repr(value) if len(repr(value)) <= 60 else "a value"
+    return text if type(value) in (int, float) else f"{text} ({type(value).__name__})"
+
+
+def is_array(value: Any) -> TypeGuard[Array]:
+    """Whether the value is an array of JAX or NumPy, or a NumPy number, or stands for one when traced."""
+    return isinstance(value, Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def is_traced(value: Any) -> bool:
@@ -45,9 +52,12 @@ def is_traced(value: Any) -> bool:
 
 def array(function: str, x: ArrayLike, *, real: bool = False) -> Array:
     """Returns x as an array of a float or complex dtype that dropout can be applied to."""
-    numeric = hasattr(x, "dtype") or hasattr(x, "__jax_array__") or isinstance(x, complex | float | int)
-    if not numeric or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.extended)):
-        raise TypeError(f"{function}: x must be a float or complex array, got {describe(x)}.")
+    if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        raise TypeError(f"{function}: x must be a float or complex array, got {describe(x)}. {_ORDER}")
+    if not is_array(x) and not hasattr(x, "__jax_array__") and not isinstance(x, complex | float | int):
+        raise TypeError(
+            f"{function}: x must be a float or complex array, got {describe(x)}. Convert it with jnp.asarray."
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -65,7 +75,7 @@ def array(function: str, x: ArrayLike, *, real: bool = False) -> Array:
 
 def mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Returns a boolean mask that broadcasts against an array of `shape`."""
-    if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_:
+    if not is_array(mask) or mask.dtype != jnp.bool_:
         raise TypeError(f"{function}: mask must be a boolean array (True = kept), got {describe(mask)}.")
     return _broadcasts(function, "mask", jnp.asarray(mask), shape)
 
@@ -82,12 +92,10 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, below_one: bool =
     if not number and not isinstance(value, np.ndarray | Array):
         raise TypeError(
             f"{function}: rate must be a number or a float array, got {describe(value)}. "
-            "It is the probability of dropping an element."
+            "It is the probability of dropping an element; convert lists with jnp.asarray."
         )
-    if hasattr(value, "dtype") and not (
-        jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
-    ):
-        raise TypeError(f"{function}: rate must be a number or a float array, got {describe(value)}.")
+    if is_array(value) and not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{function}: rate must be a number or a float array, got {describe(value)}. {_ORDER}")
     known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
     if known:
         _in_range(function, np.asarray(value, dtype=np.float64), below_one)
@@ -113,9 +121,10 @@ def _broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ..
     except ValueError:
         good = False
     if not good:
+        remedy = _ORDER if value.ndim > len(shape) else "Add axes of length 1 until it does."
         raise ValueError(
             f"{function}: {argument} must broadcast against the shape {tuple(shape)} of x, got shape {value.shape}. "
-            "Add axes of length 1 until it does."
+            + remedy
         )
     return value.reshape((1,) * (len(shape) - value.ndim) + value.shape) if value.ndim else value
 
@@ -125,7 +134,8 @@ def shape(function: str, value: Any) -> tuple[int, ...]:
     try:
         lengths = tuple(operator.index(n) for n in ((value,) if hasattr(value, "__index__") else value))
     except TypeError:
-        raise TypeError(f"{function}: shape must be a tuple of integers, got {describe(value)}.") from None
+        remedy = " Pass its shape." if is_array(value) else ""
+        raise TypeError(f"{function}: shape must be a tuple of integers, got {describe(value)}.{remedy}") from None
     if any(n < 0 for n in lengths):
         raise ValueError(f"{function}: shape must not be negative, got {lengths}.")
     return lengths
@@ -170,10 +180,10 @@ def start(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
         value = {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{function}: start must be a mapping {{dim: index}}, got {describe(value)}.")
-    dims(function, "start", tuple(value), len(shape))
+    dims(function, "the dimensions of start", tuple(value), len(shape))
     found = {dim(function, "start", d, len(shape)): index for d, index in value.items()}
     for d, index in found.items():
-        integer = hasattr(index, "dtype") and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
+        integer = is_array(index) and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
         if not integer and (isinstance(index, bool) or not isinstance(index, int)):
             raise TypeError(f"{function}: start[{d}] must be an integer, got {describe(index)}.")
         if not is_traced(index) and int(index) < 0:
@@ -201,7 +211,7 @@ def generator(function: str, name: str) -> None:
 
 def key(function: str, value: Any) -> Array:
     """Returns exactly one key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`)."""
-    dtype = getattr(value, "dtype", None)
+    dtype = value.dtype if is_array(value) else None
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if typed and value.shape == ():
         return value
@@ -219,7 +229,6 @@ def key(function: str, value: Any) -> Array:
             f"{function}: key must be one key of 1, 2 or 4 words, got {describe(value)}. "
             "Make one with jax.random.key(0)."
         )
-    raise TypeError(
-        f"{function}: key must be a JAX random key, got {describe(value)}. Make one with jax.random.key(0); "
-        "the order of the arguments is key first, then the array, then the rate."
-    )
+    remedy = "Call the stream for a key, rngs.dropout()." if "Rng" in type(value).__name__ else ""
+    remedy = remedy or (_ORDER if is_array(value) else "Make one with jax.random.key(0).")
+    raise TypeError(f"{function}: key must be a JAX random key, got {describe(value)}. {remedy}")

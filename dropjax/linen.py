@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import xla_metadata
 from jax.typing import ArrayLike
 
-from dropjax import sharding
+from dropjax import _checks, sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
@@ -181,6 +181,8 @@ def replace_flax(generator: str = "mix") -> Iterator[None]:
       >>> with replace_flax():
       ...   y = model.apply({}, jnp.ones((2, 3)), rngs={"dropout": jax.random.key(0)})
     """
+
+    _checks.generator("replace_flax", generator)
 
     def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module

@@ -17,7 +17,7 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import sharding
+from dropjax import _checks, sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
@@ -72,7 +72,8 @@ class _Layer(nnx.Module):
           inputs: float array `[...]`.
           deterministic: if True the inputs are returned as they are; overrides the field.
           rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
-          start: `{dim: index}`, where the inputs start in the whole array.
+          start: `{dim: index}`, where the inputs start in the whole array. Pieces of one array need one
+            key: pass it as `rngs`, since the layer's own stream gives each call a new one.
 
         Returns:
           Array of the shape and dtype of the inputs.
@@ -222,17 +223,25 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     Returns:
       The same model.
 
+    Raises:
+      ValueError: if the model contains nothing to replace.
+
     Example:
       >>> layer = replace_flax(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
       >>> type(layer) is Dropout
       True
     """
+    _checks.generator("replace_flax", generator)
+    found = 0
     for _, module in nnx.iter_modules(model):
+        found += isinstance(module, _FlaxDropout | nnx.MultiHeadAttention | _Layer)
         if type(module) is _FlaxDropout:  # changed in place, so that lists, dicts and shared references keep it
             ours: Any = module
             ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
         elif isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
             module.attention_fn = _attention(generator)
+    if not found:
+        raise ValueError("replace_flax: model must contain Flax's Dropout or MultiHeadAttention, got neither.")
     return model
 
 

@@ -47,13 +47,14 @@ def fit(
     evaluate_every: int = 100,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 1000,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Fit:
     """Trains a state: the key of a step is a function of (seed, step), and its batch is `data(step)`.
 
     The same arguments give the same parameters, also when a run is killed at any moment and started
     again with the same `checkpoint_dir`: it continues from its last good checkpoint. A folder is for one
-    run: another seed, state or optimizer is an error, but another `loss_fn` or `data` is not noticed.
+    run: another seed, or other shapes of state or optimizer, are errors, but another `loss_fn`, `data`
+    or learning rate is not noticed.
 
     Args:
       loss_fn: `loss_fn(state, batch, key)` returns the loss, a float scalar; or a pair of the loss and
@@ -61,18 +62,21 @@ def fit(
         once, under `jax.jit`.
       state: what is trained. A pytree of float arrays; or a mapping with `"params"`, which alone are
         trained, and other collections (Linen's variables); or an `nnx.Module`, whose `nnx.Param` are
-        trained and whose other state follows what the call changes. It is not modified.
+        trained and whose other state (batch statistics, rng streams) is carried from step to step. An
+        NNX model's own streams do not depend on `seed`: to draw with `key`, pass
+        `rngs=nnx.Rngs(dropout=key)` through its call. The state given is not modified.
       optimizer: an optax transformation.
       data: the batch of a step, any pytree of arrays; it must depend on the step alone.
       seed: seed of all keys.
       steps: how many steps to have done at the end.
       evaluate: called with the state after every `evaluate_every` steps and at the end; returns named
-        numbers, which appear in `history` and in the progress bar.
+        numbers, which appear in `history` and in the progress bar. An NNX model comes in training
+        mode; call its `eval()` first.
       evaluate_every: number of steps from one evaluation to the next.
       checkpoint_dir: where checkpoints are written and looked for; None for none. Needs
         `dropjax[train]`. A checkpoint is verified when it is read; a broken one is passed over.
       checkpoint_every: number of steps from one checkpoint to the next; one is also written at the end.
-      progress: whether to show a progress bar; needs `dropjax[train]`.
+      progress: whether to show a progress bar, which needs `dropjax[train]`; None shows one if it can.
 
     Returns:
       `Fit`.
@@ -90,17 +94,24 @@ def fit(
     seed, steps = _checks.integer("fit", "seed", seed, 0), _checks.integer("fit", "steps", steps, 0)
     evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
     checkpoint_every = _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
-    for argument, function in {"loss_fn": loss_fn, "data": data}.items():
-        if not callable(function):
-            raise TypeError(f"fit: {argument} must be a function, got {_checks.describe(function)}.")
+    if not callable(loss_fn):
+        raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
+    if not callable(data):
+        raise TypeError(
+            f"fit: data must be a function of the step, got {_checks.describe(data)}. "
+            "For arrays: lambda step: (x[rows(step)], y[rows(step)])."
+        )
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(f"fit: optimizer must be an optax transformation, got {_checks.describe(optimizer)}.")
     parts = _parts(state)
     if not jax.tree.leaves(parts.trained):
         raise ValueError(f"fit: state must have something to train, got {_checks.describe(state)}.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts.trained):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
-                f"{jax.tree_util.keystr(path)}. What is not trained goes beside 'params'."
+                f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
+                "is not trained goes beside 'params'."
             )
     step_fn = _step(loss_fn, optimizer, parts)
     trained = _copied(parts.trained)
@@ -129,6 +140,8 @@ def fit(
                 losses[step], ahead = _finite(loss, step), None
             if evaluate is not None and evaluates:
                 measured = evaluate(parts.merge(_copied(run.trained), run.carried))
+                if not isinstance(measured, Mapping):
+                    raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(measured)}.")
                 history.append((done, {name: float(value) for name, value in measured.items()}))
                 bar.set_postfix(history[-1][1], refresh=False)
             if checkpoints is not None and saves:
@@ -153,7 +166,7 @@ def _parts(state: Any) -> _Parts:
             trained,
             carried,
             lambda trained, carried: nnx.merge(graph, trained, carried, copy=True),
-            lambda model, changed: nnx.state(model, nnx.Not(nnx.Param)),
+            lambda model, changed: _replaced({}, changed) or nnx.state(model, nnx.Not(nnx.Param)),
         )
     if isinstance(state, Mapping) and "params" in state:
         carried = {name: value for name, value in state.items() if name != "params"}
@@ -167,10 +180,10 @@ def _parts(state: Any) -> _Parts:
 
 
 def _replaced(carried: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
-    if not changed.keys() <= carried.keys():
+    if not isinstance(changed, Mapping) or not changed.keys() <= carried.keys():
         raise ValueError(
-            f"fit: loss_fn must return changes to {sorted(carried)}, the collections of the state beside 'params', "
-            f"got {sorted(changed)}. Give the state those collections, or do not return them."
+            "fit: loss_fn must return the loss, or the loss and a mapping of changes to the collections of the state "
+            f"beside 'params', which are {sorted(carried)}, got {_checks.describe(changed)}."
         )
     return {**carried, **changed}
 
@@ -209,12 +222,14 @@ def _finite(loss: Array, step: int) -> np.float32:
     return value
 
 
-def _bar(first: int, steps: int, progress: bool) -> Any:
-    if not progress:
+def _bar(first: int, steps: int, progress: bool | None) -> Any:
+    if progress is False:
         return _NoBar()
     try:
         from tqdm import tqdm
     except ImportError:
+        if progress is None:
+            return _NoBar()
         raise ImportError("fit: progress needs tqdm: pip install 'dropjax[train]', or pass progress=False.") from None
     return tqdm(initial=first, total=steps, desc="training", unit="step")
 

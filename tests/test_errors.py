@@ -45,13 +45,14 @@ def raises(kind, message, function, *args, **kwargs):
         (None, TypeError, "rate must be a number or a float array, got None (NoneType)."),
         (True, TypeError, "rate must be a number or a float array, got True (bool)."),
         ([0.5], TypeError, "rate must be a number or a float array, got [0.5] (list)."),
+        (KEY, TypeError, "rate must be a number or a float array, got key<fry>[]. The order of the arguments is"),
         (0.5j, TypeError, "rate must be a number or a float array"),
         (np.array(True), TypeError, "rate must be a number or a float array, got bool[]."),
-        (np.array([0.1, 0.2]), ValueError, "rate must broadcast against the shape (2, 3) of x, got shape (2,)."),
+        (np.array([0.1, 0.2]), ValueError, "of x, got shape (2,). Add axes of length 1 until it does."),
         (
             np.full((4, 2, 3), 0.5),
             ValueError,
-            "rate must broadcast against the shape (2, 3) of x, got shape (4, 2, 3).",
+            "of x, got shape (4, 2, 3). The order of the arguments is key, x, rate.",
         ),
     ],
     ids=str,
@@ -84,9 +85,9 @@ def test_rate_one_of_gaussian_dropout():
         (jnp.ones((2, 3), jnp.int32), "x must be a float or complex array, got int32[2,3]."),
         (np.ones((2, 3), bool), "x must be a float or complex array, got bool[2,3]."),
         (3, "x must be a float or complex array, got int32[]."),
-        ([1.0, 2.0], "x must be a float or complex array, got [1.0, 2.0] (list)."),
+        ([1.0, 2.0], "x must be a float or complex array, got [1.0, 2.0] (list). Convert it with jnp.asarray."),
         (None, "x must be a float or complex array, got None (NoneType)."),
-        (KEY, "x must be a float or complex array, got key<fry>[]."),
+        (KEY, "x must be a float or complex array, got key<fry>[]. The order of the arguments is key, x, rate."),
         (jnp.ones((2, 3), jnp.float8_e8m0fnu), "x must have a dtype with a zero and a NaN, got float8_e8m0fnu[2,3]."),
     ],
     ids=str,
@@ -114,16 +115,17 @@ def test_complex_alpha_dropout():
 @pytest.mark.parametrize(
     ("key", "kind", "message"),
     [
-        (0, TypeError, "key must be a JAX random key, got 0. Make one with jax.random.key(0)"),
+        (0, TypeError, "key must be a JAX random key, got 0. Make one with jax.random.key(0)."),
+        (nnx.Rngs(0), TypeError, "key must be a JAX random key, got a value (Rngs). Call the stream for a key, rngs."),
         (None, TypeError, "key must be a JAX random key, got None (NoneType)."),
-        (np.ones((2, 3), np.float32), TypeError, "the order of the arguments is key first"),
+        (np.ones((2, 3), np.float32), TypeError, "got float32[2,3]. The order of the arguments is key, x, rate."),
         (jax.random.split(KEY, 3), ValueError, "key must be one key, got an array of keys of shape (3,)."),
         (jax.random.PRNGKey(0)[None], ValueError, "key must be one key, got an array of keys of shape (1,)."),
         (np.zeros(3, np.uint32), ValueError, "key must be one key of 1, 2 or 4 words, got uint32[3]."),
         (np.uint32(3), ValueError, "key must be one key of 1, 2 or 4 words, got uint32[]."),
         (np.zeros(2, np.int32), TypeError, "key must be a JAX random key, got int32[2]."),
     ],
-    ids=["int", "None", "array", "keys", "legacy keys", "three words", "scalar word", "signed"],
+    ids=["int", "Rngs", "None", "array", "keys", "legacy keys", "three words", "scalar word", "signed"],
 )
 def test_key(function, key, kind, message):
     raises(kind, message, function, key, X, 0.5)
@@ -172,8 +174,8 @@ def test_axes_of_spatial_dropout():
         ({0: 1.0}, TypeError, "start[0] must be an integer, got 1.0."),
         ({0: True}, TypeError, "start[0] must be an integer, got True (bool)."),
         ({0: jnp.zeros(2, jnp.int32)}, TypeError, "start[0] must be an integer, got int32[2]."),
-        ({2: 0}, ValueError, "start must be in [-2, 2) for rank 2, got 2."),
-        ({0: 1, -2: 1}, ValueError, "start must name each dimension once, got (0, -2)."),
+        ({2: 0}, ValueError, "the dimensions of start must be in [-2, 2) for rank 2, got 2."),
+        ({0: 1, -2: 1}, ValueError, "the dimensions of start must name each dimension once, got (0, -2)."),
         ((0, 4), TypeError, "start must be a mapping {dim: index}, got (0, 4) (tuple)."),
     ],
     ids=str,
@@ -195,6 +197,7 @@ def test_indices_past_two_to_the_32():
 def test_shape():
     raises(ValueError, "shape must not be negative, got (2, -1).", dropjax.keep_mask, KEY, (2, -1), 0.5)
     raises(TypeError, "shape must be a tuple of integers, got 'ab' (str).", dropjax.keep_mask, KEY, "ab", 0.5)
+    raises(TypeError, "a tuple of integers, got float32[2,3]. Pass its shape.", dropjax.keep_mask, KEY, X, 0.5)
     raises(TypeError, "random_words: shape must be a tuple of integers, got 2.5.", bits.random_words, KEY, 2.5)
 
 
@@ -295,12 +298,39 @@ def test_monte_carlo(function):
     raises(TypeError, f"{name}: fn must be a function of a key, got 3.", function, 3, KEY, 3)
     raises(TypeError, f"{name}: key must be a JAX random key, got 0.", function, fn, 0, 3)
     message = "classify: fn must return logits, a float array [..., classes], got "
-    raises(TypeError, message + "int32[3].", mc.classify, lambda key: jnp.arange(3), KEY, 3)
-    raises(TypeError, message, mc.classify, lambda key: (X, X), KEY, 3)
+    raises(
+        TypeError, message + "int32[2].", mc.classify, lambda key: jax.random.key_data(key).astype(jnp.int32), KEY, 3
+    )
+    raises(TypeError, message, mc.classify, lambda key: (fn(key), X), KEY, 3)
 
 
-def test_reliability():
-    with pytest.raises(
-        ValueError, match=r"reliability: probabilities and labels must be of shapes \[n, classes\] and \[n\]"
-    ):
-        mc.reliability(jnp.ones((3, 2)), jnp.zeros(2, jnp.int32))
+@pytest.mark.parametrize("function", [mc.reliability, mc.calibration_error], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "kind", "message"),
+    [
+        (np.ones((3, 2)), np.zeros((3, 2), int), ValueError, "must be of shapes [n, classes] and [n], got"),
+        (np.ones((3, 2), int), np.zeros(3, int), TypeError, "probabilities must be floats and labels integers, got"),
+        (np.ones((3, 2)), np.zeros(3), TypeError, "probabilities must be floats and labels integers, got float32"),
+        (
+            np.full((3, 2), -1.0),
+            np.zeros(3, int),
+            ValueError,
+            "probabilities must be in [0, 1], got others. For logits",
+        ),
+        (np.full((3, 2), np.nan), np.zeros(3, int), ValueError, "probabilities must be in [0, 1], got others."),
+        (np.ones((3, 2)), np.full(3, 7), ValueError, "labels must be in [0, 2), got others."),
+    ],
+)
+def test_calibration(function, probabilities, labels, kind, message):
+    with pytest.raises(kind) as caught:
+        function(probabilities, labels)
+    assert str(caught.value).startswith(f"{function.__name__}: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [mc.sample, mc.classify], ids=lambda f: f.__name__)
+def test_a_function_that_ignores_its_key(function):
+    for fn in [lambda key: X, lambda key: (jax.random.split(key), X)[1]]:
+        with pytest.warns(UserWarning, match=f"{function.__name__}: fn ignores its key, so its 5 samples are all"):
+            function(fn, KEY, 5)
+    function(lambda key: X, KEY, 1)  # one deterministic pass is meant

@@ -213,3 +213,17 @@ def test_flax_dropout_set_to_ours(monkeypatch):
     expected = ours.apply({}, SEQUENCES, rngs={"dropout": jax.random.key(0)})
     with dropjax.linen.replace_flax():  # leaves our own layers, and their fields, alone
         np.testing.assert_array_equal(ours.apply({}, SEQUENCES, rngs={"dropout": jax.random.key(0)}), expected)
+
+
+def test_bad_calls():
+    with (
+        pytest.raises(ValueError, match="replace_flax: generator must be one of"),
+        dropjax.linen.replace_flax(Transformer()),
+    ):
+        pass
+    with pytest.raises(ValueError, match="replace_flax: generator must be one of"):
+        dropjax.nnx.replace_flax(nnx.Dropout(0.5), "rbg")
+    with pytest.raises(ValueError, match="replace_flax: model must contain Flax's Dropout or MultiHeadAttention"):
+        dropjax.nnx.replace_flax(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    layer = dropjax.nnx.replace_flax(nnx.Dropout(0.5))
+    assert dropjax.nnx.replace_flax(layer) is layer  # again is no error

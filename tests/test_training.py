@@ -17,7 +17,11 @@ from flax import nnx
 from dropjax.training import fit
 from tests import kill_me
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    # TensorStore may finish reads of a damaged checkpoint after Orbax has closed the loop that waited for them.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 KINDS = pytest.mark.parametrize("kind", ["linen", "nnx", "plain"])
 
 
@@ -188,19 +192,28 @@ def test_other_runs_are_not_continued(tmp_path):
         ({"seed": 1.5}, TypeError, "fit: seed must be an integer, got 1.5."),
         ({"checkpoint_every": 0}, ValueError, "fit: checkpoint_every must be at least 1, got 0."),
         ({"evaluate_every": 0}, ValueError, "fit: evaluate_every must be at least 1, got 0."),
-        ({"data": [1]}, TypeError, "fit: data must be a function, got [1] (list)."),
+        ({"data": [1]}, TypeError, "fit: data must be a function of the step, got [1] (list)."),
         ({"loss_fn": None}, TypeError, "fit: loss_fn must be a function, got None (NoneType)."),
         (
             {"loss_fn": lambda s, b, k: b[0].sum(0)},
             TypeError,
             "fit: loss_fn must return a float scalar, got float32[4].",
         ),
-        ({"loss_fn": lambda s, b, k: (b[0].sum(), {"stats": 1})}, ValueError, "fit: loss_fn must return changes to []"),
+        (
+            {"loss_fn": lambda s, b, k: (b[0].sum(), {"stats": 1})},
+            ValueError,
+            "fit: loss_fn must return the loss, or the loss and a mapping of changes",
+        ),
         (
             {"state": {"w": np.arange(3)}},
             TypeError,
-            "fit: state must have float arrays to train, got int64[3] at ['w'].",
+            "fit: state must have float arrays to train, got int64[3] at state['w'].",
         ),
+        ({"state": kill_me.Linen()}, TypeError, "For a Linen module pass its variables, model.init(...)"),
+        ({"loss_fn": lambda s, b, k: (b[0].sum(), b[0])}, ValueError, "fit: loss_fn must return the loss, or the loss"),
+        ({"optimizer": {"w": np.ones(3)}}, TypeError, "fit: optimizer must be an optax transformation, got"),
+        ({"evaluate": lambda state: 0.5}, TypeError, "fit: evaluate must return named numbers, got 0.5."),
+        ({"checkpoint_dir": __file__}, ValueError, "fit: checkpoint_dir must be a folder, got the file"),
         ({"state": {}}, ValueError, "fit: state must have something to train, got {} (dict)."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -218,6 +231,20 @@ def test_bad_arguments(change, kind, message):
     with pytest.raises(kind) as caught:
         fit(**{**options, **change}, progress=False)
     assert message in str(caught.value)
+
+
+def test_nnx_loss_returns_no_collections():
+    _, state = kill_me.arguments("nnx")
+    with pytest.raises(ValueError, match="fit: loss_fn must return the loss, or the loss and a mapping of changes"):
+        fit(
+            lambda m, b, k: (jnp.mean(m(b[0])), {"accuracy": 1.0}), state, optax.sgd(0.1), kill_me.data, seed=0, steps=1
+        )
+
+
+def test_plain_installation_trains_without_a_bar(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    kill_me.train(None, "plain", 2, progress=None)
+    assert capsys.readouterr().err == ""
 
 
 def test_zero_steps():

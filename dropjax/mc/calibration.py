@@ -34,7 +34,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 
       `Reliability`.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
 
     Example:
       >>> reliability(jnp.array([[0.9, 0.1], [0.4, 0.6]]), jnp.array([0, 0]), num_bins=2).accuracy
@@ -44,12 +44,24 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
+    return _reliability("reliability", probabilities, labels, num_bins)
+
+
+def _reliability(function: str, probabilities: ArrayLike, labels: ArrayLike, num_bins: int) -> Reliability:
     probabilities, labels = jnp.asarray(probabilities), jnp.asarray(labels)
+    num_bins = _checks.integer(function, "num_bins", num_bins, 1)
+    got = f"got {_checks.describe(probabilities)} and {_checks.describe(labels)}."
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise ValueError(
-            "reliability: probabilities and labels must be of shapes [n, classes] and [n], "
-            f"got {_checks.describe(probabilities)} and {_checks.describe(labels)}."
+            f"{function}: probabilities and labels must be of shapes [n, classes] and [n], {got} "
+            "For one-hot labels pass their argmax."
         )
+    if not jnp.issubdtype(probabilities.dtype, jnp.floating) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{function}: probabilities must be floats and labels integers, {got}")
+    if not _checks.is_traced(probabilities) and not bool(((probabilities >= 0) & (probabilities <= 1.001)).all()):
+        raise ValueError(f"{function}: probabilities must be in [0, 1], got others. For logits pass their softmax.")
+    if not _checks.is_traced(labels) and not bool(((labels >= 0) & (labels < probabilities.shape[1])).all()):
+        raise ValueError(f"{function}: labels must be in [0, {probabilities.shape[1]}), got others.")
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
     bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
     size = jnp.zeros(num_bins, jnp.int32).at[bins].add(1)
@@ -73,7 +85,7 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
       Scalar in `[0, 1]`, of the dtype of the probabilities.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
 
     Example:
       >>> calibration_error(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([0, 1]))
@@ -83,7 +95,7 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
-    bins = reliability(probabilities, labels, num_bins=num_bins)
+    bins = _reliability("calibration_error", probabilities, labels, num_bins)
     gap = jnp.abs(bins.accuracy - bins.confidence)
     share = bins.size.astype(gap.dtype) / bins.size.sum().astype(gap.dtype)
     return jnp.where(bins.size > 0, gap * share, 0).sum()

@@ -1,5 +1,6 @@
 """Samples of a stochastic function, chunk by chunk."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def sample(fn: Callable[[Array], Any], key: Array, num_samples: int, *, chunk_si
     Reference:
       Gal, Ghahramani, [Dropout as a Bayesian approximation](https://arxiv.org/abs/1506.02142), 2016.
     """
-    key, num_samples, chunk_size = check("sample", fn, key, num_samples, chunk_size)
+    key, num_samples, chunk_size, _ = check("sample", fn, key, num_samples, chunk_size)
     keys = _keys(key, jnp.arange(num_samples))
     return jax.vmap(fn)(keys) if chunk_size == num_samples else lax.map(fn, keys, batch_size=chunk_size)
 
@@ -67,13 +68,30 @@ def fold(
 
 def check(
     function: str, fn: Callable[[Array], Any], key: Array, num_samples: int, chunk_size: int | None
-) -> tuple[Array, int, int]:
-    """Returns the checked key, the number of samples and how many are computed at a time."""
+) -> tuple[Array, int, int, Any]:
+    """Returns the checked key, number of samples and how many to compute at a time, and the shapes of `fn`."""
     if not callable(fn):
         raise TypeError(f"{function}: fn must be a function of a key, got {_checks.describe(fn)}.")
     num_samples = _checks.integer(function, "num_samples", num_samples, 1)
     chunk_size = num_samples if chunk_size is None else _checks.integer(function, "chunk_size", chunk_size, 1)
-    return _checks.key(function, key), num_samples, min(chunk_size, num_samples)
+    key = _checks.key(function, key)
+    program, shapes = jax.make_jaxpr(fn, return_shape=True)(key)
+    if num_samples > 1 and not _depends(program.jaxpr):
+        warnings.warn(
+            f"{function}: fn ignores its key, so its {num_samples} samples are all the same. Is the model in "
+            "evaluation mode, or does its dropout take keys from elsewhere?",
+            stacklevel=3,
+        )
+    return key, num_samples, min(chunk_size, num_samples), shapes
+
+
+def _depends(program: Any) -> bool:
+    """Whether any result of a traced function of a key depends on the key."""
+    needed = {id(result) for result in program.outvars}
+    for equation in reversed(program.eqns):
+        if any(id(result) in needed for result in equation.outvars):
+            needed |= {id(operand) for operand in equation.invars}
+    return any(id(operand) in needed for operand in program.invars)
 
 
 def _keys(key: Array, samples: Array) -> Array:

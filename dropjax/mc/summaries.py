@@ -73,9 +73,8 @@ def classify(
       data](https://arxiv.org/abs/1703.02910), 2017; Houlsby and others, [Bayesian active
       learning](https://arxiv.org/abs/1112.5745), 2011.
     """
-    key, num_samples, chunk_size = sampling.check("classify", fn, key, num_samples, chunk_size)
-    logits = jax.eval_shape(fn, key)
-    if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim < 1:
+    key, num_samples, chunk_size, logits = sampling.check("classify", fn, key, num_samples, chunk_size)
+    if not _checks.is_array(logits) or not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim < 1:
         raise TypeError(
             f"classify: fn must return logits, a float array [..., classes], got {_checks.describe(logits)}."
         )
