@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written by Orbax, verified when read."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import warnings
@@ -42,7 +43,7 @@ class Checkpoints:
     def save(self, step: int, run: Run, losses: np.ndarray, history: list) -> None:
         """Saves what `restore` needs; when this returns, the checkpoint is there."""
         arrays = _arrays(run) | {"losses": losses}
-        about = {"step": step, "seed": self._seed, "leaves": _leaves(run), "history": history}
+        about = {"step": step, "seed": self._seed, "leaves": leaves(run), "history": history}
         about["digest"] = _digest(arrays, about)
         args = self._ocp.args
         self._manager.save(step, args=args.Composite(arrays=args.StandardSave(arrays), about=args.JsonSave(about)))
@@ -64,11 +65,11 @@ class Checkpoints:
                     f"fit: seed must be {about['seed']}, as in checkpoint_dir {self._folder}, got {self._seed}. "
                     "Use another folder for another run."
                 )
-            if about["leaves"] != _leaves(like):
-                wrong = [a for a, b in zip(about["leaves"], _leaves(like), strict=False) if a != b]
+            if about["leaves"] != leaves(like):
+                wrong = next((a, b) for a, b in itertools.zip_longest(about["leaves"], leaves(like)) if a != b)
                 raise ValueError(
-                    f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got others "
-                    f"(in the checkpoint: {(wrong or about['leaves'])[0]}). Use another folder for another run."
+                    f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got {wrong[1]} "
+                    f"for {wrong[0]}. Use another folder for another run."
                 )
             history = [(done, numbers) for done, numbers in about["history"]]
             return step, _run(arrays, like), arrays["losses"], history
@@ -98,21 +99,23 @@ class Checkpoints:
 
 def _arrays(run: Run) -> dict[str, np.ndarray]:
     """The leaves of a run on the host, under their position; random keys as their words."""
-    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(run)]
-    return {f"{i:06}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    values = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(run)]
+    return {f"{i:06}": np.asarray(value) for i, value in enumerate(values) if np.size(value)}
 
 
 def _run(arrays: dict[str, np.ndarray], like: Run) -> Run:
-    def placed(value: np.ndarray, leaf: Any) -> Any:
+    def placed(value: np.ndarray | None, leaf: Any) -> Any:
+        if value is None:  # of size zero, which Orbax does not save
+            return leaf
         if _is_key(leaf):
             return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
         return jax.device_put(value, leaf.sharding) if hasattr(leaf, "sharding") else value
 
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [placed(arrays[f"{i:06}"], leaf) for i, leaf in enumerate(leaves)])
+    values, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [placed(arrays.get(f"{i:06}"), leaf) for i, leaf in enumerate(values)])
 
 
-def _leaves(run: Run) -> list[str]:
+def leaves(run: Any) -> list[str]:
     """The name, dtype and shape of every leaf."""
     found = jax.tree_util.tree_leaves_with_path(run)
     return [f"{jax.tree_util.keystr(path)} {jnp.result_type(leaf)}{jnp.shape(leaf)}" for path, leaf in found]

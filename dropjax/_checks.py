@@ -45,6 +45,11 @@ def is_array(value: Any) -> TypeGuard[Array]:
     return isinstance(value, Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def is_typed(key: Array) -> bool:
+    """Whether a key is typed (`jax.random.key`) and not legacy (`jax.random.PRNGKey`)."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
 def is_traced(value: Any) -> bool:
     """Whether the value is unknown while tracing (under jit, vmap, grad, scan)."""
     return isinstance(value, jax.core.Tracer)
@@ -54,7 +59,8 @@ def array(function: str, x: ArrayLike, *, real: bool = False) -> Array:
     """Returns x as an array of a float or complex dtype that dropout can be applied to."""
     if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise TypeError(f"{function}: x must be a float or complex array, got {describe(x)}. {_ORDER}")
-    if not is_array(x) and not hasattr(x, "__jax_array__") and not isinstance(x, complex | float | int):
+    numeric = is_array(x) and getattr(x.dtype, "kind", "") not in "OSUMm"
+    if not numeric and not hasattr(x, "__jax_array__") and not isinstance(x, complex | float | int):
         raise TypeError(
             f"{function}: x must be a float or complex array, got {describe(x)}. Convert it with jnp.asarray."
         )
@@ -99,7 +105,7 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, below_one: bool =
     known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
     if known:
         _in_range(function, np.asarray(value, dtype=np.float64), below_one)
-    if known and not isinstance(value, Array) and np.ndim(value) == 0:
+    if number:
         return Fixed(float(value))
     return _broadcasts(function, "rate", jnp.asarray(value), shape).astype(jnp.float32)
 
@@ -117,7 +123,7 @@ def _in_range(function: str, values: np.ndarray, below_one: bool) -> None:
 def _broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...]) -> Array:
     """Returns the value, if it broadcasts against `shape`, with that rank."""
     try:
-        good = np.broadcast_shapes(value.shape, shape) == tuple(shape)
+        good = jnp.broadcast_shapes(value.shape, shape) == tuple(shape)
     except ValueError:
         good = False
     if not good:
@@ -154,10 +160,9 @@ def integer(function: str, argument: str, value: Any, least: int) -> int:
 
 def dim(function: str, argument: str, value: Any, rank: int) -> int:
     """Returns a dimension counted from the front."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{function}: {argument} must name dimensions by integers, got {describe(value)}.") from None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{function}: {argument} must name dimensions by integers, got {describe(value)}.")
+    number = operator.index(value)
     if not -rank <= number < rank:
         raise ValueError(f"{function}: {argument} must be in [{-rank}, {rank}) for rank {rank}, got {number}.")
     return number % rank
@@ -165,7 +170,7 @@ def dim(function: str, argument: str, value: Any, rank: int) -> int:
 
 def dims(function: str, argument: str, values: Any, rank: int) -> tuple[int, ...]:
     """Returns dimensions counted from the front, sorted, each at most once."""
-    values = (values,) if hasattr(values, "__index__") else values
+    values = (values,) if np.ndim(values) == 0 and hasattr(values, "__index__") else values
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(f"{function}: {argument} must be a sequence of dimensions, got {describe(values)}.")
     found = [dim(function, argument, value, rank) for value in values]
@@ -196,7 +201,7 @@ def start(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
 
 def last(function: str, d: int, first: int, length: int) -> None:
     """Every index of an array, also of one that is cut over devices, is a 32-bit word."""
-    if first + length > MAX_INDEX:
+    if isinstance(length, int) and first + max(length, 1) > MAX_INDEX:  # a symbolic length is not known
         raise ValueError(
             f"{function}: indices must be below 2^32, got {first} to {first + length - 1} along dimension {d}. "
             "Split the dimension in two."
@@ -212,7 +217,7 @@ def generator(function: str, name: str) -> None:
 def key(function: str, value: Any) -> Array:
     """Returns exactly one key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`)."""
     dtype = value.dtype if is_array(value) else None
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = dtype is not None and is_typed(value)
     if typed and value.shape == ():
         return value
     legacy = dtype == np.uint32 and value.ndim >= 1 and value.shape[-1] in (1, 2, 4)

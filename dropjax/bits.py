@@ -10,6 +10,7 @@ enters: not the shape, the layout, the device count, jit or x64. `docs/bits.md` 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Draw:
 def draw(
     function: str,
     key: Array,
-    x: Array | None,
+    data: Any,
     shape: tuple[int, ...],
     *,
     shared: Sequence[int] | int = (),
@@ -50,7 +51,7 @@ def draw(
     start: Mapping[int, ArrayLike] | None = None,
     sharded_dims: sharding.ShardedDims | None = None,
 ) -> Draw:
-    """Checks what a draw is made of and consumes the key."""
+    """Checks what a draw for the data (x and its rate, or None) is made of, and consumes the key."""
     key = _checks.key(function, key)
     _checks.generator(function, generator)
     dims = _checks.dims(function, "broadcast_dims", shared, len(shape))
@@ -59,13 +60,18 @@ def draw(
             f"{function}: generator must be 'mix' where start or sharded_dims is given, got 'threefry', whose "
             "masks depend on the whole shape."
         )
-    origin = sharding.place(function, key, x, shape, start, sharded_dims)
+    if generator == "threefry" and (jax.config.jax_enable_x64 or not jax.config.jax_threefry_partitionable):  # type: ignore[attr-defined]  # flags are defined at run time
+        raise ValueError(
+            f"{function}: generator must be 'mix' under jax_enable_x64 or without jax_threefry_partitionable, got "
+            "'threefry', whose masks would not be those of jax.random.bernoulli."
+        )
+    origin = sharding.place(function, key, data, shape, start, sharded_dims)
     return Draw(key_words(function, key, generator), origin, dims, generator)
 
 
 def key_words(function: str, key: Array, generator: str = "mix") -> Array:
     """Returns the two words, `uint32[2]`, of a checked key of any implementation, and consumes it."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = _checks.is_typed(key)
     words = jax.random.key_data(key) if typed else key
     if typed and jax.config.jax_debug_key_reuse:  # type: ignore[attr-defined]  # flags are defined at run time
         words = words + jax.random.bits(key, (1,), jnp.uint32)[:0].sum(dtype=jnp.uint32)  # adds 0, uses the key up
@@ -134,11 +140,12 @@ def random_words(
     Args:
       key: one JAX key, typed or legacy, of any implementation; it is consumed.
       shape: the shape of the array, or of this piece of it.
-      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
+      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced, and
+        then wrap at 2^32 unchecked.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
 
     Returns:
-      uint32 `[*shape]`.
+      uint32 `[*shape]`. Each word is uniform; within a row no word comes twice.
 
     Raises:
       TypeError, ValueError: if the key is not one key, or an index is not in [0, 2^32).

@@ -5,6 +5,7 @@ call (`rng=`) and the place of its piece (`start=`).
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from dropjax import _checks, sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
-_FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "parent", "name")
 _FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
 
 
@@ -53,11 +53,7 @@ class _Layer(nn.Module):
         Returns:
           Array of the shape and dtype of the inputs.
         """
-        options = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in _FRAMEWORK_FIELDS
-        }
+        options = {name: getattr(self, name) for name in sharding.options(self._function)}
         return _call(self, self._function, inputs, deterministic, rng, start=start, **options)
 
 
@@ -168,10 +164,11 @@ class SpatialDropout(_Layer):
 def replace_flax(generator: str = "mix") -> Iterator[None]:
     """Inside this context Flax's dropout is ours, in models whose source you do not touch.
 
-    Replaces `flax.linen.Dropout` and the dropout on the attention weights of Flax's
-    `MultiHeadDotProductAttention` and its kin. Modules with a dropout of their own, or with another
+    Replaces `flax.linen.Dropout` and the dropout on the attention weights of modules whose `attention_fn`
+    is Flax's own, such as `MultiHeadDotProductAttention`. Layers with a dropout of their own, or with another
     `attention_fn`, are left alone. Parameters, rng streams and checkpoints stay as they are. A jitted
-    function is traced anew inside the context, so none keeps the dropout that it was compiled with.
+    function is traced anew inside the context, so none keeps the dropout that it was compiled with. The
+    context holds for the thread that enters it; within another one the inner generator holds.
 
     Args:
       generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
@@ -184,57 +181,74 @@ def replace_flax(generator: str = "mix") -> Iterator[None]:
 
     _checks.generator("replace_flax", generator)
 
-    def interceptor(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
+    token = _generator.set(generator)
+    try:
+        # The metadata enters the key of jit's cache; nothing reads it.
+        with nn.intercept_methods(_intercept), xla_metadata.set_xla_metadata(dropjax_generator=generator):
+            yield
+    finally:
+        _generator.reset(token)
+
+
+_generator = contextvars.ContextVar("_generator", default="mix")
+
+
+def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    module = context.module
+    if isinstance(module, _FlaxDropout) and type(module).__call__ is _FlaxDropout.__call__:
         if context.method_name != "__call__":
             return next_method(*args, **kwargs)
-        if isinstance(module, _FlaxDropout) and type(module).__call__ is _FlaxDropout.__call__:
-            function = functools.partial(elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=generator)
-            return _call(module, function, *args, **kwargs)
-        if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
-            return next_method(*args, **kwargs)
-        # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
-        attention = functools.wraps(nn.dot_product_attention)(functools.partial(_attention, generator))
-        object.__setattr__(module, "attention_fn", attention)
-        try:
-            return next_method(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "attention_fn", nn.dot_product_attention)
-
-    # The metadata enters the key of jit's cache; nothing reads it.
-    with nn.intercept_methods(interceptor), xla_metadata.set_xla_metadata(dropjax_generator=generator):
-        yield
+        function = functools.partial(
+            elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=_generator.get()
+        )
+        return _call(module, function, *args, **kwargs)
+    if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
+        return next_method(*args, **kwargs)
+    # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
+    object.__setattr__(module, "attention_fn", _attention)
+    try:
+        return next_method(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "attention_fn", nn.dot_product_attention)
 
 
+@functools.wraps(nn.dot_product_attention)
 def _attention(
-    generator: str,
     query: Array,
     key: Array,
     value: Array,
-    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Any = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    *,
     qk_attn_weights_einsum: Callable[..., Array] | None = None,
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     **options: Any,
 ) -> Array:
     """Flax's attention, whose dropout happens on the way into the product of weights and values."""
+    options |= {"dtype": dtype, "module": module}
     if deterministic or dropout_rate == 0:
         return nn.dot_product_attention(
-            query, key, value, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum,
-            attn_weights_value_einsum=attn_weights_value_einsum, **options,
+            query, key, value, bias, mask, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum, precision=precision, **options,
         )  # fmt: skip
-    plain = functools.partial(jnp.einsum, precision=options.pop("precision", None))
+    plain = functools.partial(jnp.einsum, precision=precision)
     product = attn_weights_value_einsum or plain
 
     def drop_and_multiply(equation: str, weights: Array, values: Array) -> Array:
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = elementwise.dropout(dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=generator)
+        weights = elementwise.dropout(
+            dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=_generator.get()
+        )
         return product(equation, weights, values)
 
     return nn.dot_product_attention(
-        query, key, value, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum or plain,
+        query, key, value, bias, mask, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum or plain,
         attn_weights_value_einsum=drop_and_multiply, **options,
     )  # fmt: skip

@@ -101,13 +101,21 @@ def _apply_mask(x: Array, mask: Array, rate: Rate) -> Array:
     return apply(x, mask, rate)
 
 
-def redrawn(formula: Callable[..., Array]) -> Callable[..., Array]:
+def redrawn(formula: Callable[..., Array], *, prevent_cse: bool = False) -> Callable[..., Array]:
     """Compiles a formula of a draw so that its backward pass draws again instead of storing a mask.
 
     What is kept between the passes is the key's words, and those arguments that are arrays and that
-    the derivative needs: a rate, but not x where the formula is linear in x.
+    the derivative needs: a rate, but not x where the formula is linear in x. `prevent_cse` is for what XLA
+    would rather keep than compute twice, costly noise and shared masks; it bars the backward pass from
+    fusion with what comes before it.
     """
-    return jax.jit(jax.checkpoint(formula, prevent_cse=False))
+
+    @functools.wraps(formula)
+    def run(draw: bits.Draw, *arguments: Any) -> Array:
+        cse = prevent_cse or bool(draw.shared)
+        return jax.checkpoint(formula, prevent_cse=cse)(draw, *arguments)
+
+    return jax.jit(run)
 
 
 def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:

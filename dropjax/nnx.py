@@ -6,7 +6,6 @@ its piece (`start=`).
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.attention import dot_product_attention_weights
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -21,7 +21,6 @@ from dropjax import _checks, sharding
 from dropjax.functional import elementwise, structured
 from dropjax.sharding import ShardedDims
 
-_FRAMEWORK_FIELDS = ("rate", "deterministic", "rng_collection", "rngs")
 _FlaxDropout = nnx.Dropout  # Flax's own, also where somebody sets flax.nnx.Dropout to ours
 _Model = TypeVar("_Model", bound=nnx.Module)
 
@@ -87,11 +86,7 @@ class _Layer(nnx.Module):
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
         key = source() if isinstance(source, nnx.RngStream) else source
-        options = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every layer is a dataclass
-            if field.name not in _FRAMEWORK_FIELDS
-        }
+        options = {name: getattr(self, name) for name in sharding.options(self._function)}
         return self._function(key, inputs, self.rate, start=start, **options)
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -213,8 +208,8 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     """Puts our dropout into an NNX model whose source you do not touch; changes and returns the model.
 
     Replaces every `flax.nnx.Dropout`, wherever it stands (also in lists and shared), and the dropout on
-    the attention weights of Flax's `MultiHeadAttention`. Subclasses with a dropout of their own, and
-    modules with another `attention_fn`, are left alone. Parameters and rng streams stay as they are.
+    the attention weights of Flax's `MultiHeadAttention`. Subclasses of `Dropout`, modules with another
+    `attention_fn`, and what is ours already are left alone. Parameters and rng streams stay as they are.
 
     Args:
       model: an `nnx.Module`.
@@ -234,38 +229,60 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     _checks.generator("replace_flax", generator)
     found = 0
     for _, module in nnx.iter_modules(model):
-        found += isinstance(module, _FlaxDropout | nnx.MultiHeadAttention | _Layer)
+        attention = module.attention_fn if isinstance(module, nnx.MultiHeadAttention) else None
+        found += type(module) is _FlaxDropout or isinstance(module, _Layer)
+        found += isinstance(attention, _Attention) or attention is nnx.dot_product_attention
         if type(module) is _FlaxDropout:  # changed in place, so that lists, dicts and shared references keep it
             ours: Any = module
             ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
-        elif isinstance(module, nnx.MultiHeadAttention) and module.attention_fn is nnx.dot_product_attention:
-            module.attention_fn = _attention(generator)
+        elif attention is nnx.dot_product_attention:
+            module.attention_fn = _Attention(generator)
     if not found:
         raise ValueError("replace_flax: model must contain Flax's Dropout or MultiHeadAttention, got neither.")
     return model
 
 
-@functools.cache
-def _attention(generator: str) -> Callable[..., Array]:
-    """Flax's attention with our dropout on its weights; one function a generator, so that jit's cache holds."""
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """Flax's attention with our dropout on its weights."""
 
-    def attention(
+    generator: str
+
+    def __call__(
+        self,
         query: Array,
         key: Array,
         value: Array,
-        *,
+        bias: Array | None = None,
+        mask: Array | None = None,
         broadcast_dropout: bool = True,
         dropout_rng: Any = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        promote_dtype: Callable[..., Any] = promote_dtype,
         **options: Any,
     ) -> Array:
+        options |= {"precision": precision, "module": module, "deterministic": True}
         if deterministic or dropout_rate == 0:
-            return nnx.dot_product_attention(query, key, value, deterministic=True, **options)
-        weights = dot_product_attention_weights(query, key, deterministic=True, **options)
+            return nnx.dot_product_attention(
+                query,
+                key,
+                value,
+                bias,
+                mask,
+                dropout_rate=dropout_rate,
+                dtype=dtype,
+                promote_dtype=promote_dtype,
+                **options,
+            )
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        weights = dot_product_attention_weights(query, key, bias, mask, dtype=query.dtype, **options)
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = elementwise.dropout(dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=generator)
-        value = jnp.repeat(value.astype(weights.dtype), weights.shape[-3] // value.shape[-2], axis=-2)
-        return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=options.get("precision"))
-
-    return attention
+        weights = elementwise.dropout(
+            dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=self.generator
+        )
+        value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)

@@ -4,7 +4,9 @@ Under `jax.jit`, with automatic or explicit axes, arrays are whole and nothing h
 manual region each device sees only its piece, so the index of the piece's first element must be known.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ ShardedDims = Mapping[int | None, str | Sequence[str]]
 def place(
     function: str,
     key: Array,
-    x: Array | None,
+    data: Any,
     shape: tuple[int, ...],
     start: Mapping[int, ArrayLike] | None,
     sharded_dims: ShardedDims | None,
@@ -30,7 +32,7 @@ def place(
     Args:
       function: name for error messages.
       key: the checked key; an axis over which it varies needs no other account.
-      x: the array to be masked, or None where only its shape is known.
+      data: what the mask is applied to, x and its rate, or None where only the shape is known.
       shape: the local shape.
       start: `{dim: index}`, the place of the first element in the whole array.
       sharded_dims: which dimensions are cut over which manual mesh axes.
@@ -43,7 +45,7 @@ def place(
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     cut = _axes_of_dims(function, sharded_dims, len(shape), manual)
     if manual:
-        _account(function, key, x, manual, cut, declared=sharded_dims is not None)
+        _account(function, (key, *starts.values()), data, manual, cut, declared=sharded_dims is not None)
     origin: list[Array | None] = [None] * len(shape)
     for d, index in starts.items():
         origin[d] = jnp.asarray(index, jnp.uint32)
@@ -63,6 +65,12 @@ def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Seq
         return sharded_dims
     found = {d: names if isinstance(names, str) else tuple(names) for d, names in sharded_dims.items()}
     return tuple(sorted(found.items(), key=lambda pair: str(pair[0])))
+
+
+def options(function: Callable[..., Any]) -> list[str]:
+    """The options of a placed function that are fields of its layer: all but the place of a piece."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "start"]
 
 
 def _axes_of_dims(
@@ -92,23 +100,25 @@ def _axes_of_dims(
 
 def _account(
     function: str,
-    key: Array,
-    x: Array | None,
+    own: Any,
+    data: Any,
     manual: tuple[str, ...],
     cut: Mapping[int | None, tuple[str, ...]],
     declared: bool,
 ) -> None:
     """Raises where shards would repeat one another's mask without anyone having said so."""
+    named = {name for names in cut.values() for name in names}
     if not _varying(lax.axis_index(manual[0])):  # pmap, or check_vma=False: the types say nothing
-        if not declared:
+        missing = frozenset(name for name in manual if lax.axis_size(name) > 1) - named
+        if not declared or (named and missing):
             raise ValueError(
-                f"{function}: sharded_dims must be given inside pmap and unchecked shard_map (axes {manual}), since "
-                f"every shard would draw the same mask. Pass sharded_dims={{dim: {manual[0]!r}}} for a cut dimension, "
-                "or sharded_dims={} if the key differs on each shard or the masks are meant to be equal."
+                f"{function}: sharded_dims must be given inside pmap and unchecked shard_map, for every axis of "
+                f"{manual}, since shards would draw the same mask. Pass {{dim: {min(missing or manual)!r}}} for a cut "
+                f"dimension, {{None: {min(missing or manual)!r}}} for copies that share the mask, or {{}} if the key "
+                "differs on every shard."
             )
         return
-    varying = frozenset(manual) if x is None else _varying(x)
-    missing = varying - _varying(key) - {name for names in cut.values() for name in names}
+    missing = (frozenset(manual) if data is None else _varying(data)) - _varying(own) - named
     if missing:
         name = min(missing)
         raise ValueError(
@@ -119,5 +129,7 @@ def _account(
         )
 
 
-def _varying(x: Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
+def _varying(tree: Any) -> frozenset[str]:
+    """The mesh axes over which any array of a pytree varies."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)]
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in arrays))

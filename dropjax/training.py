@@ -5,6 +5,7 @@ Nothing random needs saving: the key of a step is a function of (seed, step).
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from dropjax import _checks
-from dropjax._checkpoints import Checkpoints, Run
+from dropjax._checkpoints import Checkpoints, Run, leaves
 
 _DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds out of the same seed
 
@@ -82,7 +83,7 @@ def fit(
       `Fit`.
 
     Raises:
-      FloatingPointError: if the loss of a step is NaN or infinite; no checkpoint is written after it.
+      FloatingPointError: if the loss or the updated state of a step is not finite; nothing is saved after it.
       TypeError, ValueError: if an argument is not as said above, or the checkpoints are of another run.
 
     Example:
@@ -92,6 +93,8 @@ def fit(
       Array(2., dtype=float32)
     """
     seed, steps = _checks.integer("fit", "seed", seed, 0), _checks.integer("fit", "steps", steps, 0)
+    if seed >= 2**32:
+        raise ValueError(f"fit: seed must be below 2^32, got {seed}.")
     evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
     checkpoint_every = _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
     if not callable(loss_fn):
@@ -103,11 +106,16 @@ def fit(
         )
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise TypeError(f"fit: optimizer must be an optax transformation, got {_checks.describe(optimizer)}.")
+    if not isinstance(state, nnx.Module) and any(map(_is_nnx, jax.tree.leaves(state, is_leaf=_is_nnx))):
+        raise TypeError(
+            f"fit: state must be one nnx.Module, or hold none, got {_checks.describe(state)}. Put several into "
+            "nnx.Dict or nnx.List, which are modules."
+        )
     parts = _parts(state)
     if not jax.tree.leaves(parts.trained):
         raise ValueError(f"fit: state must have something to train, got {_checks.describe(state)}.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(parts.trained):
-        if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
                 f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
@@ -118,31 +126,32 @@ def fit(
     run = Run(trained, _copied(optimizer.init(trained)), parts.carried)
     first, losses = 0, np.zeros(0, np.float32)
     history: list[tuple[int, dict[str, float]]] = []
-    checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir), seed)
+    checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir).expanduser(), seed)
     if checkpoints and (found := checkpoints.restore(run)):
         first, run, losses, history = found
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
     losses = np.concatenate([losses, np.zeros(steps - first, np.float32)])
     root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
-    ahead: Array | None = None  # the loss of the step before, not waited for
+    ahead: Any = None  # loss and health of the step before, not waited for
 
     with _bar(first, steps, progress) as bar:
         for step in range(first, steps):
-            trained, optimizer_state, carried, loss = step_fn(*run, data(step), jax.random.fold_in(root, step))
-            run, done = Run(trained, optimizer_state, carried), step + 1
+            batch = jax.tree.map(_owned, data(step))
+            run, outcome = step_fn(*run, batch, jax.random.fold_in(root, step))
+            done = step + 1
             if ahead is not None:
                 losses[step - 1] = _finite(ahead, step - 1)
-            ahead = loss
+            ahead = outcome
             evaluates = evaluate is not None and (done % evaluate_every == 0 or done == steps)
             saves = checkpoints is not None and (done % checkpoint_every == 0 or done == steps)
             if evaluates or saves or done == steps:
-                losses[step], ahead = _finite(loss, step), None
+                losses[step], ahead = _finite(outcome, step), None
             if evaluate is not None and evaluates:
                 measured = evaluate(parts.merge(_copied(run.trained), run.carried))
                 if not isinstance(measured, Mapping):
                     raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(measured)}.")
-                history.append((done, {name: float(value) for name, value in measured.items()}))
+                history.append((done, {str(name): float(value) for name, value in measured.items()}))
                 bar.set_postfix(history[-1][1], refresh=False)
             if checkpoints is not None and saves:
                 checkpoints.save(done, run, losses[:done], history)
@@ -161,19 +170,22 @@ class _Parts(NamedTuple):
 
 def _parts(state: Any) -> _Parts:
     if isinstance(state, nnx.Module):
+        nnx.pop(state := nnx.clone(state), nnx.Intermediate)
         graph, trained, carried = nnx.split(state, nnx.Param, nnx.Not(nnx.Param))  # type: ignore[misc]  # its stub
         return _Parts(
             trained,
             carried,
             lambda trained, carried: nnx.merge(graph, trained, carried, copy=True),
-            lambda model, changed: _replaced({}, changed) or nnx.state(model, nnx.Not(nnx.Param)),
+            lambda model, changed: (
+                _replaced({}, changed) or nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate)))
+            ),
         )
     if isinstance(state, Mapping) and "params" in state:
         carried = {name: value for name, value in state.items() if name != "params"}
         return _Parts(
             state["params"],
             carried,
-            lambda trained, carried: {"params": trained, **carried},
+            lambda trained, carried: type(state)({"params": trained, **carried}),  # type: ignore[call-arg]  # dict-like
             lambda variables, changed: _replaced({k: v for k, v in variables.items() if k != "params"}, changed),
         )
     return _Parts(state, {}, lambda trained, carried: trained, lambda state, changed: _replaced({}, changed))
@@ -192,17 +204,28 @@ def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, 
     def loss_of(trained: Any, carried: Any, batch: Any, key: Array) -> tuple[Array, Any]:
         state = parts.merge(trained, carried)
         result = loss_fn(state, batch, key)
-        loss, changed = result if isinstance(result, tuple) else (result, {})
-        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        loss, changed = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not _checks.is_array(loss) or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise TypeError(f"fit: loss_fn must return a float scalar, got {_checks.describe(loss)}.")
-        return loss, parts.carry(state, changed)
+        after = parts.carry(state, changed)
+        if leaves(after) != leaves(carried):
+            wrong = next((a, b) for a, b in itertools.zip_longest(leaves(carried), leaves(after)) if a != b)
+            raise ValueError(
+                "fit: loss_fn must keep names, shapes and dtypes of the state that is carried along, got "
+                f"{wrong[1]} for {wrong[0]}. Give the state all that the loss fills in."
+            )
+        return loss, after
+
+    update = optax.with_extra_args_support(optimizer).update
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[Any, Any, Any, Array]:
+    def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[Run, Any]:
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, carried), gradients = gradient(trained, carried, batch, key)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained)
-        return optax.apply_updates(trained, updates), optimizer_state, carried, loss
+        updates, optimizer_state = update(gradients, optimizer_state, trained, value=loss)
+        trained = optax.apply_updates(trained, updates)
+        healthy = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)]).all()
+        return Run(trained, optimizer_state, carried), (loss, healthy)
 
     return step
 
@@ -212,11 +235,23 @@ def _copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _finite(loss: Array, step: int) -> np.float32:
-    value = np.float32(loss)
-    if not np.isfinite(value):
+def _is_nnx(node: Any) -> bool:
+    return isinstance(node, nnx.Module | nnx.Variable | nnx.State)
+
+
+def _owned(leaf: Any) -> Any:
+    """jit may read a NumPy array after it returns, when data() already writes the next batch into it."""
+    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _finite(outcome: tuple[Array, Array], step: int) -> np.float32:
+    value, healthy = np.float32(outcome[0]), bool(outcome[1])
+    if not np.isfinite(value) or not healthy:
+        what = (
+            f"loss must be finite, got {value}" if not np.isfinite(value) else "updated state must be finite, it is not"
+        )
         raise FloatingPointError(
-            f"fit: the loss must be finite, got {value} at step {step}. Nothing was saved after that step: lower the "
+            f"fit: the {what} at step {step}. Nothing was saved after that step: lower the "
             f"learning rate, clip the gradients, or look at data({step})."
         )
     return value

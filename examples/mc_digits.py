@@ -186,13 +186,13 @@ def draw_learning(ax: Axes, fitted: training.Fit) -> None:
 def draw_reliability(ax: Axes, clean: Prediction, labels: np.ndarray) -> None:
     """Draws accuracy over confidence with standard errors, in the bins that hold at least 5 digits."""
     ax.plot([0.3, 1], [0.3, 1], color=GREY, lw=1, ls="--")
-    for of, color, name, place in zip(clean, COLORS, ("deterministic", "Monte Carlo"), (0.05, 0.13), strict=True):
+    for of, color, name, place in zip(clean, COLORS, ("deterministic", "Monte Carlo"), (0.86, 0.94), strict=True):
         bins = jax.tree.map(np.asarray, mc.reliability(of.probabilities, labels, num_bins=10))
         confidence, accuracy, size = (values[bins.size >= 5] for values in bins)
         smooth = (accuracy * size + 1) / (size + 2)
         error = np.sqrt(smooth * (1 - smooth) / size)
         ax.errorbar(confidence, accuracy, error, color=color, marker="o", ms=7, lw=2.5, elinewidth=1)
-        ax.text(1, place, name, color=color, ha="right", weight="bold", transform=ax.transAxes)
+        ax.text(0.03, place, name, color=color, weight="bold", transform=ax.transAxes)
     ax.set(title="Reliability on test digits", xlabel="confidence", ylabel="accuracy", ylim=(None, 1.03))
 
 
@@ -288,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure.text(0.065, 0.44, "Surest test digits of three classes", size=14, weight="bold")
         figure.text(0.505, 0.44, "Least sure test digits", size=14, weight="bold")
         caption = f"Bars: mean of {args.samples} samples, dark for the true class. Lines: middle 90 % of the samples."
+        caption += " Entropies: the first bin holds all below."
         figure.text(0.065, 0.025, caption, color=GREY)
         figure.savefig(args.out / "mc_digits.png", dpi=200)
     print(f"Wrote mc_digits.png and mc_digits.json into {args.out}.")

@@ -138,6 +138,7 @@ def test_key(function, key, kind, message):
         ((-3,), ValueError, "broadcast_dims must be in [-2, 2) for rank 2, got -3."),
         ((0, -2), ValueError, "broadcast_dims must name each dimension once, got (0, -2)."),
         ((0.5,), TypeError, "broadcast_dims must name dimensions by integers, got 0.5."),
+        ((True,), TypeError, "broadcast_dims must name dimensions by integers, got True (bool)."),
         ("01", TypeError, "broadcast_dims must be a sequence of dimensions, got '01' (str)."),
         (None, TypeError, "broadcast_dims must be a sequence of dimensions, got None (NoneType)."),
     ],

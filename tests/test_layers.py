@@ -15,6 +15,7 @@ from flax import nnx
 import dropjax
 import dropjax.linen
 import dropjax.nnx
+from dropjax import sharding
 from tests.test_variants import RATE, assert_same, draw, every, inputs
 
 FRAMEWORK = {"rate", "deterministic", "rng_collection", "rngs", "parent", "name"}
@@ -65,6 +66,7 @@ def test_fields_are_the_parameters_of_the_function(name):
             if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name != "start"  # start is given at the call
         }
         fields = {f.name: f.default for f in dataclasses.fields(layer) if f.name not in FRAMEWORK}
+        assert list(fields) == sharding.options(layer._function)
         assert fields == options
 
 
@@ -164,6 +166,18 @@ def test_rate_zero_needs_no_rng():
     x = jnp.ones(3)
     assert dropjax.linen.Dropout(0.0).apply({}, x, deterministic=False) is x
     assert dropjax.nnx.Dropout(0.0)(x) is x
+
+
+def test_subclasses_may_have_fields_of_their_own(key):
+    class Tagged(dropjax.linen.Dropout):
+        tag: str = "x"
+
+    class Named(dropjax.nnx.Dropout):
+        pass
+
+    x = inputs()
+    for y in [Tagged(0.5, deterministic=False).apply({}, x, rng=key), Named(0.5)(x, rngs=key)]:
+        np.testing.assert_array_equal(y, dropjax.dropout(key, x, 0.5))
 
 
 def test_other_rng_collection(key):

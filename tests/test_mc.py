@@ -131,3 +131,61 @@ def test_a_calibrated_forecaster_has_little_error_and_an_overconfident_one_much(
     certain = np.stack([np.ones_like(p), np.zeros_like(p)], -1)
     np.testing.assert_allclose(mc.calibration_error(certain, labels), 0.25, atol=0.02)
     assert brier_score_loss(labels, 1 - p) < brier_score_loss(labels, certain[:, 1])
+
+
+def test_calibration_of_narrow_and_many_predictions():
+    """Sums neither stall (bfloat16 at 256, float32 at 2^24) nor overflow (float16)."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(4) * 0.3, 20_000).astype(np.float32)
+    labels = rng.integers(0, 4, 20_000)
+    expected = mc.calibration_error(p, labels)
+    for dtype in [jnp.bfloat16, jnp.float16]:
+        np.testing.assert_allclose(mc.calibration_error(jnp.asarray(p, dtype), labels), expected, atol=0.01)
+    n = 2**24 + 2**22
+    bins = mc.reliability(jnp.tile(jnp.array([[1.0, 0.0]], jnp.bfloat16), (n, 1)), jnp.zeros(n, jnp.int32))
+    np.testing.assert_allclose([bins.accuracy[-1], bins.confidence[-1]], 1, rtol=1e-6)
+    assert bins.size[-1] == n
+
+
+def test_gradients_of_entropies_are_finite_where_a_class_underflows(key):
+    extreme = jnp.array([[150.0, 0.0, 1.0]])
+
+    def summary(s):
+        return mc.classify(lambda key: dropjax.dropout(key, jnp.ones((1, 3)), 0.5) + s * extreme, key, 8)
+
+    for field in ["predictive_entropy", "expected_entropy", "mutual_information"]:
+        assert jnp.isfinite(jax.grad(lambda s: getattr(summary(s), field).sum())(1.0))  # noqa: B023
+
+
+def test_nan_logits_stay_nan(key):
+    summary = mc.classify(lambda key: dropjax.dropout(key, jnp.full((2, 3), jnp.nan), 0.0) + logits(key)[:2], key, 4)
+    assert jnp.isnan(summary.probabilities).all()
+    assert jnp.isnan(summary.predictive_entropy).all()
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_samples_with_keys_of_other_implementations(impl):
+    key = jax.random.key(0, impl=impl)
+    masks = mc.sample(lambda key: dropjax.keep_mask(key, (64,), 0.5), key, 7, chunk_size=3)
+    loop = [dropjax.keep_mask(jax.random.fold_in(key, t), (64,), 0.5) for t in range(7)]
+    np.testing.assert_array_equal(masks, np.stack(loop))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_summaries_inside_shard_map_and_on_explicit_axes(key, chunk_size):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
+    expected = mc.classify(lambda key: dropjax.dropout(key, x, 0.5), key, 7).probabilities
+    cut = jax.sharding.PartitionSpec("data")
+
+    def summary(x, **place):
+        return mc.classify(
+            lambda key: dropjax.dropout(key, x, 0.5, **place), key, 7, chunk_size=chunk_size
+        ).probabilities
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shards = jax.shard_map(lambda x: summary(x, sharded_dims={0: "data"}), mesh=mesh, in_specs=cut, out_specs=cut)
+    np.testing.assert_allclose(jax.jit(shards)(x), expected, atol=1e-6)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, cut))
+        np.testing.assert_allclose(jax.jit(summary)(placed), expected, atol=1e-6)

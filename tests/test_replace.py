@@ -1,5 +1,7 @@
 """Our dropout in Flax models whose source stays as it is: a transformer with attention, a convolutional network."""
 
+import pickle
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dropjax
 import dropjax.linen
 import dropjax.nnx
 
@@ -227,3 +230,61 @@ def test_bad_calls():
         dropjax.nnx.replace_flax(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     layer = dropjax.nnx.replace_flax(nnx.Dropout(0.5))
     assert dropjax.nnx.replace_flax(layer) is layer  # again is no error
+
+
+def test_inner_context_holds_and_jit_agrees():
+    layer, key = nn.Dropout(0.5, deterministic=False), jax.random.key(1)
+
+    def run(key):
+        return layer.apply({}, SEQUENCES, rngs={"dropout": key})
+
+    jitted, theirs = jax.jit(run), run(key)
+    with dropjax.linen.replace_flax("threefry"):
+        with dropjax.linen.replace_flax("mix"):
+            inner = run(key)
+            np.testing.assert_array_equal(jitted(key), inner)
+        np.testing.assert_array_equal(run(key), theirs)
+    with dropjax.linen.replace_flax("mix"):
+        np.testing.assert_array_equal(jitted(key), inner)
+    assert (inner != theirs).any()
+
+
+def test_attention_functions_take_what_those_of_flax_take():
+    class Direct(nn.Module):
+        attention_fn: object = nn.dot_product_attention
+
+        def attend(self, q, v):
+            return self.attention_fn(q, q, v, None, None, True, self.make_rng("dropout"), 0.5)
+
+    q = jax.random.normal(jax.random.key(0), (2, 5, 2, 4))
+    run = jax.jit(lambda key: Direct().apply({}, q, q + 1, rngs={"dropout": key}, method="attend"))
+    theirs = run(jax.random.key(1))
+    with dropjax.linen.replace_flax("threefry"):
+        np.testing.assert_allclose(run(jax.random.key(1)), theirs, rtol=1e-5, atol=1e-6)
+    with dropjax.linen.replace_flax():
+        assert (run(jax.random.key(1)) != theirs).any()
+    theirs = nnx.dot_product_attention(q, q, q + 1, None, None, True, jax.random.key(1), 0.5)
+    converted = dropjax.nnx.replace_flax(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), "threefry").attention_fn
+    ours = converted(q, q, q + 1, None, None, True, jax.random.key(1), 0.5)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_converted_attention_evaluates_as_flax_does(dtype):
+    def layer():
+        return nnx.MultiHeadAttention(
+            2, 8, qkv_features=6, dropout_rate=0.2, decode=False, dtype=dtype, rngs=nnx.Rngs(0)
+        )
+
+    x, mask = jnp.stack([SEQUENCES, SEQUENCES + 1]), jnp.tril(jnp.ones((2, 1, 1, 5, 5)))
+    converted = pickle.loads(pickle.dumps(dropjax.nnx.replace_flax(layer())))
+    np.testing.assert_array_equal(
+        converted(x, mask=mask, deterministic=True), layer()(x, mask=mask, deterministic=True)
+    )
+    assert nnx.graphdef(converted) == nnx.graphdef(dropjax.nnx.replace_flax(layer()))
+
+
+@pytest.mark.parametrize("setting", [jax.enable_x64(True), jax.threefry_partitionable(False)], ids=["x64", "original"])
+def test_threefry_where_its_masks_would_not_be_those_of_flax(setting):
+    with setting, pytest.raises(ValueError, match="generator must be 'mix' under jax_enable_x64 or without"):
+        dropjax.dropout(jax.random.key(0), jnp.ones(3), 0.5, generator="threefry")

@@ -58,9 +58,13 @@ def test_jit_with_explicit_axes(variant, key):
 )
 def test_shard_map(variant, key, spec, dims, check_vma):
     x = inputs(SHAPE)
+    whole = {"data", "model"} - {
+        name for names in dims.values() for name in ([names] if isinstance(names, str) else names)
+    }
+    copies = {} if check_vma or not whole else {None: tuple(whole)}  # where types say nothing, all axes are named
 
     def piece(key, x):
-        return draw(variant, key, x, sharded_dims=dims)
+        return draw(variant, key, x, sharded_dims=dims | copies)
 
     shards = jax.shard_map(piece, mesh=mesh(), in_specs=(P(), spec), out_specs=spec, check_vma=check_vma)
     assert_same(variant, jax.jit(shards)(key, x), draw(variant, key, x), x)
@@ -164,3 +168,28 @@ def test_indices_past_two_to_the_32_over_a_mesh(key):
 
     with pytest.raises(ValueError, match="random_words: indices must be below 2\\^32"):
         jax.jit(jax.shard_map(piece, mesh=mesh(), in_specs=(), out_specs=P("data")))()
+
+
+def test_every_axis_must_be_named_where_types_say_nothing(key):
+    x, unchecked = jnp.ones((8, 4)), {"mesh": mesh(), "in_specs": P("data", "model"), "out_specs": P("data", "model")}
+
+    def run(dims):
+        return jax.jit(
+            jax.shard_map(lambda x: dropjax.dropout(key, x, 0.5, sharded_dims=dims), check_vma=False, **unchecked)
+        )(x)
+
+    with pytest.raises(ValueError, match=r"for every axis of .* Pass \{dim: 'data'\} for a cut"):
+        run({1: "model"})
+    np.testing.assert_array_equal(run({0: "data", 1: "model"}), dropjax.dropout(key, x, 0.5))
+
+
+def test_what_varies_is_x_or_its_rate_and_a_start_that_varies_is_a_place(key):
+    rates = jnp.linspace(0.1, 0.9, 8)[:, None]
+
+    def run(f):
+        return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P("data")))
+
+    with pytest.raises(ValueError, match="mesh axis 'data'"):
+        run(lambda rate: dropjax.dropout(key, jnp.ones((2, 4)), rate))(rates)
+    placed = run(lambda x: dropjax.dropout(key, x, 0.5, start={0: jax.lax.axis_index("data") * 2}))(jnp.ones((8, 4)))
+    np.testing.assert_array_equal(placed, dropjax.dropout(key, jnp.ones((8, 4)), 0.5))

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
+from flax.core import FrozenDict, freeze
 
 from dropjax.training import fit
 from tests import kill_me
@@ -211,6 +213,14 @@ def test_other_runs_are_not_continued(tmp_path):
         ),
         ({"state": kill_me.Linen()}, TypeError, "For a Linen module pass its variables, model.init(...)"),
         ({"loss_fn": lambda s, b, k: (b[0].sum(), b[0])}, ValueError, "fit: loss_fn must return the loss, or the loss"),
+        ({"loss_fn": lambda s, b, k: None}, TypeError, "fit: loss_fn must return a float scalar, got None (NoneType)."),
+        ({"seed": 2**32}, ValueError, "fit: seed must be below 2^32, got 4294967296."),
+        ({"state": {"a": kill_me.Nnx(nnx.Rngs(0))}}, TypeError, "fit: state must be one nnx.Module, or hold none, got"),
+        (
+            {"state": {"w": np.ones(3, np.complex64)}},
+            TypeError,
+            "fit: state must have float arrays to train, got complex64[3]",
+        ),
         ({"optimizer": {"w": np.ones(3)}}, TypeError, "fit: optimizer must be an optax transformation, got"),
         ({"evaluate": lambda state: 0.5}, TypeError, "fit: evaluate must return named numbers, got 0.5."),
         ({"checkpoint_dir": __file__}, ValueError, "fit: checkpoint_dir must be a folder, got the file"),
@@ -274,3 +284,78 @@ def test_nnx_streams_move_on():
     assert int(result.state.dropout.rngs.count[...]) == 6
     assert float(jnp.abs(result.state.norm.mean[...]).sum()) > 0
     assert isinstance(result.state, nnx.Module)
+
+
+def test_a_batch_in_a_reused_buffer():
+    """jit may read the array after data() has been called for the next step."""
+    buffer = np.empty((1200, 1200), np.float32)
+
+    def data(step):
+        buffer[...] = step
+        return buffer
+
+    def loss(w, b, key):
+        return w + (b @ b @ b).mean() / 1200**2
+
+    result = fit(loss, jnp.float32(0), optax.sgd(0.0), data, seed=0, steps=6, progress=False)
+    np.testing.assert_allclose(result.losses, np.arange(6) ** 3, rtol=1e-5)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops(tmp_path):
+    def loss(w, batch, key):
+        return jnp.sqrt(jnp.maximum(w - batch, 0)).sum()
+
+    with pytest.raises(FloatingPointError, match="fit: the updated state must be finite, it is not at step 3"):
+        fit(
+            loss, jnp.zeros(2), optax.sgd(0.0), lambda step: jnp.float32(-1 if step < 3 else 0), seed=0, steps=8,
+            checkpoint_every=1, checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+    assert steps_of(tmp_path) == [2, 3]
+
+
+def test_carried_state_keeps_its_structure():
+    state = {"params": {"w": jnp.ones(4)}, "ema": jnp.zeros(4, jnp.bfloat16), "cache": {}}
+    for changed in [{"ema": jnp.zeros(4)}, {"cache": {"last": jnp.ones(3)}}]:
+        with pytest.raises(ValueError, match="fit: loss_fn must keep names, shapes and dtypes of the state"):
+            fit(
+                lambda s, b, k: (s["params"]["w"].sum(), changed),  # noqa: B023
+                state, optax.sgd(0.1), lambda step: 0.0, seed=0, steps=2, progress=False,
+            )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_nnx_models_that_sow():
+    class Sowing(kill_me.Nnx):
+        def __call__(self, x):
+            y = super().__call__(x)
+            self.sow(nnx.Intermediate, "y", y)
+            return y
+
+    result = fit(kill_me.nnx_loss, Sowing(nnx.Rngs(0)), optax.sgd(0.1), kill_me.data, seed=0, steps=3, progress=False)
+    assert np.isfinite(result.losses).all()
+
+
+def test_empty_arrays_and_names_that_are_no_strings_are_saved(tmp_path):
+    def go(steps):
+        return fit(
+            lambda s, b, k: (s["w"] ** 2).sum(), {"w": jnp.ones(4), "none": jnp.zeros((0, 3))}, optax.sgd(0.1),
+            lambda step: 0.0, seed=0, steps=steps, evaluate=lambda s: {5: s["w"][0], 10: 0.0}, checkpoint_dir=tmp_path,
+            progress=False,
+        )  # fmt: skip
+
+    go(3)
+    result = go(6)
+    assert result.state["none"].shape == (0, 3)
+    assert [step for step, _ in result.history] == [3, 6]
+
+
+def test_optimizers_that_ask_for_the_loss():
+    loss_fn, state = kill_me.arguments("plain")
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    assert fit(loss_fn, state, optimizer, kill_me.data, seed=0, steps=3, progress=False).losses.shape == (3,)
+
+
+def test_the_kind_of_the_mapping_is_kept():
+    loss_fn, state = kill_me.arguments("linen")
+    result = fit(loss_fn, freeze(state), optax.sgd(0.1), kill_me.data, seed=0, steps=2, progress=False)
+    assert isinstance(result.state, FrozenDict)

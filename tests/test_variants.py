@@ -252,3 +252,12 @@ def test_no_retrace_when_only_the_rate_changes(variant, key):
     step = jax.jit(chex.assert_max_traces(lambda rate: draw(variant, key, x, rate), n=1))
     for rate in [0.0, 0.1, 0.5]:
         step(jnp.float32(rate))
+
+
+@every
+def test_symbolic_shapes_export(variant, key):
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = jax.ShapeDtypeStruct((b, 4, 6), jnp.float32)
+    for rate in [RATE, jnp.full((4, 1), RATE)]:
+        exported = jax.export.export(jax.jit(lambda x: draw(variant, key, x, rate)))(shapes)  # noqa: B023
+        assert_same(variant, exported.call(inputs()), draw(variant, key, inputs()), inputs())

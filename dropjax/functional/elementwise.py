@@ -1,5 +1,6 @@
 """Dropout that decides for each element by itself."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def dropout(
     x = _checks.array("dropout", x)
     checked = _checks.rate("dropout", rate, x.shape)
     draw = bits.draw(
-        "dropout", key, x, x.shape,
+        "dropout", key, (x, checked), x.shape,
         shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip
     return _dropout(draw, x, checked)
@@ -110,11 +111,13 @@ def gaussian_dropout(
     """
     x = _checks.array("gaussian_dropout", x)
     checked = _checks.rate("gaussian_dropout", rate, x.shape, below_one=True)
-    draw = bits.draw("gaussian_dropout", key, x, x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims)
+    draw = bits.draw(
+        "gaussian_dropout", key, (x, checked), x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims
+    )
     return _gaussian_dropout(draw, x, checked)
 
 
-@masks.redrawn
+@functools.partial(masks.redrawn, prevent_cse=True)
 def _gaussian_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     r = masks.number(rate)
     good = (r >= 0) & (r < 1)
@@ -165,7 +168,7 @@ def alpha_dropout(
     x = _checks.array("alpha_dropout", x, real=True)
     checked = _checks.rate("alpha_dropout", rate, x.shape)
     draw = bits.draw(
-        "alpha_dropout", key, x, x.shape,
+        "alpha_dropout", key, (x, checked), x.shape,
         shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip
     return _alpha_dropout(draw, x, checked)

@@ -62,7 +62,7 @@ def spatial_dropout(
             "For one example without a batch pass batch_axes=()."
         )
     draw = bits.draw(
-        "spatial_dropout", key, x, x.shape,
+        "spatial_dropout", key, (x, checked), x.shape,
         shared=[d for d in range(x.ndim) if d != channel and d not in batch],
         generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from dropjax import _checks
 
 
 class Reliability(NamedTuple):
-    """A reliability diagram: predictions binned by confidence, `[bins]` each; NaN where a bin is empty."""
+    """A reliability diagram: predictions binned by confidence, float32 `[bins]`; NaN where a bin is empty."""
 
     confidence: Array
     """Mean confidence of the predictions in each bin."""
@@ -62,13 +62,16 @@ def _reliability(function: str, probabilities: ArrayLike, labels: ArrayLike, num
         raise ValueError(f"{function}: probabilities must be in [0, 1], got others. For logits pass their softmax.")
     if not _checks.is_traced(labels) and not bool(((labels >= 0) & (labels < probabilities.shape[1])).all()):
         raise ValueError(f"{function}: labels must be in [0, {probabilities.shape[1]}), got others.")
-    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    confidence, right = probabilities.astype(jnp.float32).max(-1), probabilities.argmax(-1) == labels
     bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
-    size = jnp.zeros(num_bins, jnp.int32).at[bins].add(1)
-    zeros, in_bin = jnp.zeros(num_bins, confidence.dtype), size.astype(confidence.dtype)
-    return Reliability(
-        zeros.at[bins].add(confidence) / in_bin, zeros.at[bins].add(right.astype(zeros.dtype)) / in_bin, size
-    )
+    counts = jnp.zeros(num_bins, jnp.int32)
+    size, hits = counts.at[bins].add(1), counts.at[bins].add(right.astype(jnp.int32))
+    # sums of blocks first: a float32 sum of ones would stop growing at 2^24
+    block = jnp.arange(len(bins)) // 4096
+    total = jnp.zeros((len(bins) // 4096 + 1, num_bins), jnp.float32).at[block, bins].add(confidence).sum(0)
+    in_bin = jnp.maximum(size, 1).astype(jnp.float32)
+    empty = jnp.where(size > 0, 0, jnp.nan)
+    return Reliability(total / in_bin + empty, hits.astype(jnp.float32) / in_bin + empty, size)
 
 
 def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Array:
@@ -82,7 +85,7 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
       num_bins: number of bins over [0, 1].
 
     Returns:
-      Scalar in `[0, 1]`, of the dtype of the probabilities.
+      float32 scalar in `[0, 1]`.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
@@ -96,6 +99,5 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
     bins = _reliability("calibration_error", probabilities, labels, num_bins)
-    gap = jnp.abs(bins.accuracy - bins.confidence)
-    share = bins.size.astype(gap.dtype) / bins.size.sum().astype(gap.dtype)
-    return jnp.where(bins.size > 0, gap * share, 0).sum()
+    share = bins.size.astype(jnp.float32) / jnp.float32(bins.size.sum())
+    return jnp.where(bins.size > 0, jnp.abs(bins.accuracy - bins.confidence) * share, 0).sum()

@@ -2,15 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from dropjax import _checks
-
-_Carry = TypeVar("_Carry")
 
 
 def sample(fn: Callable[[Array], Any], key: Array, num_samples: int, *, chunk_size: int | None = None) -> Any:
@@ -45,25 +43,18 @@ def sample(fn: Callable[[Array], Any], key: Array, num_samples: int, *, chunk_si
     return jax.vmap(fn)(keys) if chunk_size == num_samples else lax.map(fn, keys, batch_size=chunk_size)
 
 
-def fold(
-    fn: Callable[[Array], Any],
-    key: Array,
-    num_samples: int,
-    chunk_size: int,
-    update: Callable[[_Carry, Any], _Carry],
-    carry: _Carry,
-) -> _Carry:
-    """Updates the carry with the samples of one chunk `[chunk, ...]` after another; none is kept."""
+def fold(fn: Callable[[Array], Any], key: Array, num_samples: int, chunk_size: int) -> Any:
+    """Returns the sum over samples of the pytree `fn(key)`, computed chunk by chunk; none is kept."""
 
-    def step(carry: _Carry, samples: Array) -> tuple[_Carry, None]:
-        return update(carry, jax.vmap(fn)(_keys(key, samples))), None
+    def chunk(samples: Array) -> Any:
+        return jax.tree.map(lambda values: values.sum(0), jax.vmap(fn)(_keys(key, samples)))
 
-    chunks, rest = divmod(num_samples, chunk_size)
-    if chunks:
-        carry, _ = lax.scan(step, carry, jnp.arange(chunks * chunk_size).reshape(chunks, chunk_size))
-    if rest:
-        carry, _ = step(carry, jnp.arange(num_samples - rest, num_samples))
-    return carry
+    first = num_samples % chunk_size or chunk_size
+    rest = jnp.arange(first, num_samples).reshape(-1, chunk_size)
+    total = chunk(jnp.arange(first))  # before the scan, so that its carry has the types that sums have on a mesh
+    if len(rest):
+        total, _ = lax.scan(lambda sums, samples: (jax.tree.map(jnp.add, sums, chunk(samples)), None), total, rest)
+    return total
 
 
 def check(
@@ -95,4 +86,6 @@ def _depends(program: Any) -> bool:
 
 
 def _keys(key: Array, samples: Array) -> Array:
+    if _checks.is_typed(key) and jax.random.key_impl(key) == "unsafe_rbg":  # whose vmap is not a loop
+        return lax.map(lambda t: jax.random.fold_in(key, t), samples)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, samples)

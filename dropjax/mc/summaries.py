@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import xlogy
 
 from dropjax import _checks
 from dropjax.mc import sampling
@@ -36,6 +35,11 @@ class _Sums(NamedTuple):
     probabilities: Array
     entropy: Array
     votes: Array
+
+
+def _entropy(p: Array, log_p: Array) -> Array:
+    """-sum p log p in nats; 0 log 0 is 0, also in the gradient, and NaN stays NaN."""
+    return -jnp.where(p == 0, 0, p * jnp.where(p == 0, 0, log_p)).sum(-1)
 
 
 def classify(
@@ -79,16 +83,12 @@ def classify(
             f"classify: fn must return logits, a float array [..., classes], got {_checks.describe(logits)}."
         )
 
-    def update(sums: _Sums, logits: Array) -> _Sums:
+    def summed(logits: Array) -> _Sums:
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        p = jnp.exp(log_p)
         votes = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=jnp.float32)
-        # -inf is a fair logit: 0 log 0 is 0
-        entropy = -jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0), p).sum(-1)
-        return _Sums(sums.probabilities + p.sum(0), sums.entropy + entropy.sum(0), sums.votes + votes.sum(0))
+        return _Sums(jnp.exp(log_p), _entropy(jnp.exp(log_p), log_p), votes)
 
-    zeros = jnp.zeros(logits.shape, jnp.float32)
-    sums = sampling.fold(fn, key, num_samples, chunk_size, update, _Sums(zeros, zeros[..., 0], zeros))
+    sums = sampling.fold(lambda key: summed(fn(key)), key, num_samples, chunk_size)
     mean = sums.probabilities / num_samples
-    total, expected = -xlogy(mean, mean).sum(-1), sums.entropy / num_samples
+    total, expected = _entropy(mean, jnp.log(jnp.where(mean > 0, mean, 1))), sums.entropy / num_samples
     return Classification(mean, total, expected, jnp.maximum(total - expected, 0), sums.votes / num_samples)
