@@ -17,8 +17,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from dropjax import _checks
-from dropjax._checkpoints import Checkpoints, Run, leaves
+from dropjax import _checkpoints, _checks
 
 _DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds out of the same seed
 
@@ -123,10 +122,10 @@ def fit(
             )
     step_fn = _step(loss_fn, optimizer, parts)
     trained = _copied(parts.trained)
-    run = Run(trained, _copied(optimizer.init(trained)), parts.carried)
+    run = _checkpoints.Run(trained, _copied(optimizer.init(trained)), parts.carried)
     first, losses = 0, np.zeros(0, np.float32)
     history: list[tuple[int, dict[str, float]]] = []
-    checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir).expanduser(), seed)
+    checkpoints = None if checkpoint_dir is None else _checkpoints.Checkpoints(Path(checkpoint_dir).expanduser(), seed)
     if checkpoints and (found := checkpoints.restore(run)):
         first, run, losses, history = found
         if first > steps:
@@ -208,8 +207,12 @@ def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, 
         if not _checks.is_array(loss) or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise TypeError(f"fit: loss_fn must return a float scalar, got {_checks.describe(loss)}.")
         after = parts.carry(state, changed)
-        if leaves(after) != leaves(carried):
-            wrong = next((a, b) for a, b in itertools.zip_longest(leaves(carried), leaves(after)) if a != b)
+        if _checkpoints.leaves(after) != _checkpoints.leaves(carried):
+            wrong = next(
+                (a, b)
+                for a, b in itertools.zip_longest(_checkpoints.leaves(carried), _checkpoints.leaves(after))
+                if a != b
+            )
             raise ValueError(
                 "fit: loss_fn must keep names, shapes and dtypes of the state that is carried along, got "
                 f"{wrong[1]} for {wrong[0]}. Give the state all that the loss fills in."
@@ -219,13 +222,13 @@ def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, 
     update = optax.with_extra_args_support(optimizer).update
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[Run, Any]:
+    def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[_checkpoints.Run, Any]:
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, carried), gradients = gradient(trained, carried, batch, key)
         updates, optimizer_state = update(gradients, optimizer_state, trained, value=loss)
         trained = optax.apply_updates(trained, updates)
         healthy = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)]).all()
-        return Run(trained, optimizer_state, carried), (loss, healthy)
+        return _checkpoints.Run(trained, optimizer_state, carried), (loss, healthy)
 
     return step
 
