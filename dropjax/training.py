@@ -96,30 +96,7 @@ def fit(
         raise ValueError(f"fit: seed must be below 2^32, got {seed}.")
     evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
     checkpoint_every = _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
-    if not callable(loss_fn):
-        raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
-    if not callable(data):
-        raise TypeError(
-            f"fit: data must be a function of the step, got {_checks.describe(data)}. "
-            "For arrays: lambda step: (x[rows(step)], y[rows(step)])."
-        )
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise TypeError(f"fit: optimizer must be an optax transformation, got {_checks.describe(optimizer)}.")
-    if not isinstance(state, nnx.Module) and any(map(_is_nnx, jax.tree.leaves(state, is_leaf=_is_nnx))):
-        raise TypeError(
-            f"fit: state must be one nnx.Module, or hold none, got {_checks.describe(state)}. Put several into "
-            "nnx.Dict or nnx.List, which are modules."
-        )
-    parts = _parts(state)
-    if not jax.tree.leaves(parts.trained):
-        raise ValueError(f"fit: state must have something to train, got {_checks.describe(state)}.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parts.trained):
-        if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
-                f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
-                "is not trained goes beside 'params'."
-            )
+    parts = _checked_parts(loss_fn, state, optimizer, data)
     step_fn = _step(loss_fn, optimizer, parts)
     trained = _copied(parts.trained)
     run = _checkpoints.Run(trained, _copied(optimizer.init(trained)), parts.carried)
@@ -165,6 +142,35 @@ class _Parts(NamedTuple):
     carried: Any
     merge: Callable[[Any, Any], Any]  # (trained, carried) -> state
     carry: Callable[[Any, Any], Any]  # (state after the call, changed collections) -> carried
+
+
+def _checked_parts(loss_fn: Any, state: Any, optimizer: Any, data: Any) -> _Parts:
+    """Checks what is trained and with what, and takes the state apart."""
+    if not callable(loss_fn):
+        raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
+    if not callable(data):
+        raise TypeError(
+            f"fit: data must be a function of the step, got {_checks.describe(data)}. "
+            "For arrays: lambda step: (x[rows(step)], y[rows(step)])."
+        )
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(f"fit: optimizer must be an optax transformation, got {_checks.describe(optimizer)}.")
+    if not isinstance(state, nnx.Module) and any(map(_is_nnx, jax.tree.leaves(state, is_leaf=_is_nnx))):
+        raise TypeError(
+            f"fit: state must be one nnx.Module, or hold none, got {_checks.describe(state)}. Put several into "
+            "nnx.Dict or nnx.List, which are modules."
+        )
+    parts = _parts(state)
+    if not jax.tree.leaves(parts.trained):
+        raise ValueError(f"fit: state must have something to train, got {_checks.describe(state)}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts.trained):
+        if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
+                f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
+                "is not trained goes beside 'params'."
+            )
+    return parts
 
 
 def _parts(state: Any) -> _Parts:
