@@ -23,7 +23,7 @@ _DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds 
 
 
 class Fit(NamedTuple):
-    """What training returns."""
+    """What training returns: the trained state, and all that was recorded on the way."""
 
     state: Any
     """The trained state, of the kind that was given."""
