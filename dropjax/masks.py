@@ -105,17 +105,11 @@ def redrawn(formula: Callable[..., Array], *, prevent_cse: bool = False) -> Call
     """Compiles a formula of a draw so that its backward pass draws again instead of storing a mask.
 
     What is kept between the passes is the key's words, and those arguments that are arrays and that
-    the derivative needs: a rate, but not x where the formula is linear in x. `prevent_cse` is for what XLA
-    would rather keep than compute twice, costly noise and shared masks; it bars the backward pass from
-    fusion with what comes before it.
+    the derivative needs: a rate, but not x where the formula is linear in x. `prevent_cse` is for noise that
+    costs so much that XLA would rather keep it than compute it twice; it bars the backward pass from fusion
+    with what comes before it.
     """
-
-    @functools.wraps(formula)
-    def run(draw: bits.Draw, *arguments: Any) -> Array:
-        cse = prevent_cse or bool(draw.shared)
-        return jax.checkpoint(formula, prevent_cse=cse)(draw, *arguments)
-
-    return jax.jit(run)
+    return jax.jit(jax.checkpoint(formula, prevent_cse=prevent_cse))
 
 
 def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:

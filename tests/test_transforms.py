@@ -141,7 +141,10 @@ def test_reverse_mode_through_a_scan_keeps_no_masks(key):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("where", ["dense", "attention"])
 def test_compiled_backward_pass_stores_no_masks(variant, dtype, where, key):
-    """Four layers with dropout hold no mask and no words, and as many arrays as four layers with a select."""
+    """Four layers with dropout hold no mask and no words, and as many arrays as four layers with a select.
+
+    Gaussian noise is kept from being stored by a barrier, which in some versions of XLA costs an array a layer.
+    """
 
     def dense(x, drop):
         return drop(jax.nn.relu(jnp.einsum("bqd,de->bqe", x, jnp.ones((256, 256), dtype))))
@@ -164,7 +167,7 @@ def test_compiled_backward_pass_stores_no_masks(variant, dtype, where, key):
     ours, theirs = arrays(lambda key, y: draw(variant, key, y)), arrays(lambda key, y: jnp.where(y > 0.1, y * 2, 0))
     assert {"pred", "u32", "s32"}.isdisjoint(ours)
     assert len(theirs) > 4
-    assert len(ours) <= len(theirs)
+    assert len(ours) <= len(theirs) + (0 if variant.exact else 4)
 
 
 @every
