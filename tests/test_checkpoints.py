@@ -65,13 +65,12 @@ def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(kind, tm
 
 
 def damage(path, how):
-    files = sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    if how == "flipped":
-        data = bytearray(files[-1].read_bytes())
-        data[len(data) // 2] ^= 1
-        files[-1].write_bytes(data)
-    elif how == "truncated":
-        files[-1].write_bytes(files[-1].read_bytes()[:-20])
+    files = [p for p in path.rglob("*") if p.is_file()]
+    if how in ("flipped", "truncated"):  # all data files, since Orbax may keep more than one copy
+        for file in (p for p in files if p.is_relative_to(path / "arrays") and p.parent.name == "d"):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data if how == "flipped" else data[:-20])
     elif how == "emptied":
         for file in files:
             file.write_bytes(b"")
