@@ -69,7 +69,8 @@ def damage(path, how):
     if how in ("flipped", "truncated"):  # all data files, since Orbax may keep more than one copy
         for file in (p for p in files if p.is_relative_to(path / "arrays") and p.parent.name == "d"):
             data = bytearray(file.read_bytes())
-            data[len(data) // 2] ^= 1
+            if how == "flipped":
+                data[len(data) // 2] ^= 1
             file.write_bytes(data if how == "flipped" else data[:-20])
     elif how == "emptied":
         for file in files:
