@@ -3,8 +3,9 @@
     word = f(key words, global indices)
 
 The last index is the element's column, the leading ones are its row. Rows go through threefry2x32 in
-pairs of indices, at full strength; columns are mixed cheaply from the two row words. Nothing else
-enters: not the shape, the layout, the device count, jit or x64. `docs/bits.md` states the contract.
+pairs of indices, at full strength; columns through two cheap hashes under the key; and where a row meets
+a column their words are mixed cheaply. Nothing else enters: not the shape, the layout, the device count,
+jit or x64. `docs/bits.md` states the contract.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ from jax.typing import ArrayLike
 
 from dropjax import _checks, sharding
 
-VERSION = 1
+VERSION = 2
 """Changes with any change of the words; `tests/test_bits.py` holds known answers."""
 
 _DOMAIN = (np.uint32(0x64726F70), np.uint32(0x6A617800 + VERSION))  # "drop", "jax" and the version
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
-_GOLDEN = np.uint32(0x9E3779B9)
+_STRIDES = (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "origin"), meta_fields=("shared", "generator"))
@@ -128,11 +129,12 @@ def random_words(
 ) -> Array:
     """Draws one uniform 32-bit word for each element of an array.
 
-    The word at global indices (i0, ..., c) is, with (a, b) the words of the key,
+    The word at global indices (i0, ..., c) is, with (k0, k1) the words of the key,
 
-        a, b = a ^ 0x64726F70, b ^ 0x6A617801
-        a, b = threefry2x32((a, b), (i0, i1)), then under those words (i2, i3), ...
-        word = lowbias32((c * 0x9E3779B9) ^ a) + b
+        k0, k1 = k0 ^ 0x64726F70, k1 ^ 0x6A617802
+        a, b = threefry2x32((k0, k1), (i0, i1)), then under those words (i2, i3), ...
+        column = lowbias32((c * 0x9E3779B9) ^ k0) + lowbias32((c * 0x85EBCA6B) ^ k1)
+        word = lowbias32(column ^ a) + b
 
     with the leading indices padded by zeros to at least one pair. Growing any dimension keeps the
     words of the places that it had.
@@ -145,7 +147,7 @@ def random_words(
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
 
     Returns:
-      uint32 `[*shape]`. Each word is uniform; within a row no word comes twice.
+      uint32 `[*shape]`. Each word is uniform.
 
     Raises:
       TypeError, ValueError: if the key is not one key, or an index is not in [0, 2^32).
@@ -171,10 +173,38 @@ def words(draw: Draw, shape: tuple[int, ...]) -> Array:
     """The contract's words, uint32, of length 1 along the shared dimensions."""
     *leading, column = _coordinates(draw, shape) or [jnp.uint32(0)]
     rows: list[ArrayLike] = [*leading, *[np.uint32(0)] * (len(leading) % 2 or 2 * (not leading))]
-    a, b = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
+    k0, k1 = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
+    a, b = k0, k1
     for i, j in zip(rows[::2], rows[1::2], strict=True):
         a, b = threefry2x32(a, b, i, j)
-    return _lowbias32((column * _GOLDEN) ^ a) + b
+    c = _column_word(k0, k1, column)
+    if c.size != 1:  # both words in one array, so that threefry is compiled once
+        first = lax.broadcasted_iota(jnp.uint32, (2, *a.shape), 0) == 0
+        both = _apart(jnp.where(first, a, b))
+        a, b = lax.index_in_dim(both, 0, keepdims=False), lax.index_in_dim(both, 1, keepdims=False)
+    if a.size != 1:
+        c = _apart(c)
+    return _mix(a, b, c)
+
+
+def _column_word(k0: Array, k1: Array, column: Array) -> Array:
+    """A word of each column: the sum of two permutations, since one never repeats, which long rows betray."""
+    return _lowbias32((column * _STRIDES[0]) ^ k0) + _lowbias32((column * _STRIDES[1]) ^ k1)
+
+
+def _mix(a: Array, b: Array, c: Array) -> Array:
+    """The word where a row (a, b) meets a column c; `docs/bits.md` has the mixers that were tried."""
+    return _lowbias32(c ^ a) + b
+
+
+def _apart(words: Array) -> Array:
+    """The same words, in a form that XLA computes once into an array.
+
+    Where words are broadcast along other dimensions XLA would fuse them and compute them again for each
+    element. On CPU it drops barriers before it fuses, but it never fuses a division by something other than
+    a constant into a broadcast. This division is by the 1 that a dropped barrier leaves.
+    """
+    return lax.div(words, jnp.broadcast_to(lax.optimization_barrier(np.uint32(1)), words.shape))
 
 
 def _coordinates(draw: Draw, shape: tuple[int, ...]) -> list[Array]:

@@ -30,10 +30,11 @@ def word(key_words, index):
     """The word of one element, from its global index."""
     *row, column = index if len(index) else (0,)
     row = row + [0] * (2 if not row else len(row) % 2)
-    a, b = key_words[0] ^ 0x64726F70, key_words[1] ^ 0x6A617801
+    a, b = k0, k1 = key_words[0] ^ 0x64726F70, key_words[1] ^ 0x6A617802
     for pair in zip(row[::2], row[1::2], strict=True):
         a, b = threefry2x32((a, b), pair)
-    return (lowbias32((column * 0x9E3779B9) % WORD ^ a) + b) % WORD
+    c = lowbias32(column * 0x9E3779B9 % WORD ^ k0) + lowbias32(column * 0x85EBCA6B % WORD ^ k1)
+    return (lowbias32(c % WORD ^ a) + b) % WORD
 
 
 def words(key_words, shape, shared=()):
