@@ -197,9 +197,10 @@ def apply(x: Array, kept: Array, rate: Rate, generator: str = "mix") -> Array:
     elif isinstance(rate, Fixed) and threshold(rate) == 0:
         scaled = x
     else:
-        scaled = times(x, scale(rate, wide(x)))
+        scaled = widened(x, scale(rate, wide(x)))
     nothing = 0 if isinstance(rate, Fixed) else jnp.where(valid(rate), 0, np.nan)
-    return jnp.where(kept, scaled, jnp.asarray(nothing, x.dtype))
+    # selected before it is rounded: XLA on CPU selects narrow floats by widening and rounding them again
+    return jnp.where(kept, scaled, jnp.asarray(nothing, scaled.dtype)).astype(x.dtype)
 
 
 def _divided(x: Array, rate: Rate) -> Array:
@@ -217,11 +218,16 @@ def wide(x: Array) -> Any:
 
 def times(x: Array, factor: ArrayLike) -> Array:
     """x * factor for a real factor of at least float32, rounded once to the dtype of x."""
+    return widened(x, factor).astype(x.dtype)
+
+
+def widened(x: Array, factor: ArrayLike) -> Array:
+    """x * factor for a real factor of at least float32, not yet rounded to the dtype of x."""
     dtype = wide(x)
     factor = jnp.asarray(factor, dtype)
     if jnp.iscomplexobj(x):
         return lax.complex(jnp.real(x) * factor, jnp.imag(x) * factor)
-    return (x.astype(dtype) * factor).astype(x.dtype)
+    return x.astype(dtype) * factor
 
 
 def normal(draw: bits.Draw, shape: tuple[int, ...]) -> Array:

@@ -4,6 +4,7 @@ Under `jax.jit`, with automatic or explicit axes, arrays are whole and nothing h
 manual region each device sees only its piece, so the index of the piece's first element must be known.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,7 @@ def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Seq
     return tuple(sorted(found.items(), key=lambda pair: str(pair[0])))
 
 
+@functools.cache
 def options(function: Callable[..., Any]) -> list[str]:
     """The options of a placed function that are fields of its layer: all but the place of a piece."""
     parameters = inspect.signature(function).parameters.values()
