@@ -2,6 +2,7 @@
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,14 +16,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 21) -> dict[str, list[float]]:
-    """Seconds of each run in each round; every round calls each run once, after one call to warm up."""
+    """Seconds of each run in each round; every round calls each run once, after one call to warm up.
+
+    Each round has an order of its own, since what ran before leaves caches and threads in some state.
+    """
     for run in runs.values():
         jax.block_until_ready(run())
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, run in runs.items():
+        shuffle(order)
+        for name in order:
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(runs[name]())
             seconds[name].append(time.perf_counter() - begin)
     return seconds
 
