@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.mask_quality import contingency, mixers
 from dropjax import bits
 
 SIDE = 1024
@@ -42,12 +43,6 @@ def single_multiply(side=SIDE):
     return (place * 0x9E3779B9 % 2**32).astype(np.uint32)
 
 
-def rows_permuted(side=SIDE):
-    """A bad mixer: one injection whose rows are the same words in another order."""
-    words = np.asarray(bits.random_words(jax.random.key(1), (1, side)))[0]
-    return np.stack([words[np.arange(side) ^ row] for row in range(side)])
-
-
 def chi_square(counts, expected):
     return stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), counts.size - 1)
 
@@ -77,27 +72,14 @@ def lags(words):
     return worst
 
 
-def agreement_of_rows(words):
-    """Masks at rate 0.1 of pairs of rows: the number of common drops is binomial with p = 0.01."""
-    dropped = (words.reshape(len(words), -1) < np.uint32(0.1 * 2**32)).astype(np.int32)
-    common = (dropped[:-1] * dropped[1:]).sum(1)
-    z = (common.sum() - 0.01 * dropped[1:].size) / np.sqrt(dropped[1:].size * 0.01 * 0.99)
-    return 2 * stats.norm.sf(abs(z))
-
-
-def totals_of_rows_and_columns(words):
-    """Drops at rate 0.1 in each row and column: their variance is binomial."""
-    dropped = (words.reshape(len(words), -1) < np.uint32(0.1 * 2**32)).astype(np.int64)
-    worst = 1.0
-    for axis in (0, 1):
-        totals, n = dropped.sum(axis), dropped.shape[axis]
-        statistic = ((totals - 0.1 * n) ** 2 / (0.09 * n)).sum()
-        worst = min(worst, 2 * min(stats.chi2.sf(statistic, len(totals)), stats.chi2.cdf(statistic, len(totals))))
-    return worst
-
-
 STATISTICS = [byte_values, neighbouring_pairs, lags]
-GRID_STATISTICS = [*STATISTICS, agreement_of_rows, totals_of_rows_and_columns]
+
+
+@pytest.fixture
+def mixer():
+    """Puts another mixer in the place of the contract's, for one test."""
+    yield mixers.install
+    mixers.install("contract")
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
@@ -106,15 +88,63 @@ def test_words_in_every_order(order):
     assert {f.__name__: p for f in STATISTICS if (p := f(words)) <= 1e-6} == {}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize("statistic", [agreement_of_rows, totals_of_rows_and_columns], ids=lambda f: f.__name__)
-def test_grids(seed, statistic):
-    assert statistic(grid(jax.random.key(seed))) > 1e-6
+def test_a_single_multiplication_is_caught():
+    assert min(statistic(single_multiply()) for statistic in STATISTICS) < 1e-12
 
 
-@pytest.mark.parametrize("bad", [single_multiply, rows_permuted], ids=lambda f: f.__name__)
-def test_bad_mixers_are_caught(bad):
-    assert min(statistic(bad()) for statistic in GRID_STATISTICS) < 1e-12
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
+def test_masks_of_successive_keys(rate):
+    dropped = contingency.over_keys(1234, rate, (64, 128, 256))
+    assert {name: p for name, p in contingency.p_values(dropped, rate).items() if p <= 1e-6} == {}
+
+
+def test_masks_of_a_training_run(standard_promotion):
+    dropped = contingency.of_training(5, 0.1, steps=40)
+    assert 0.09 < dropped.mean() < 0.11
+    assert {name: p for name, p in contingency.p_values(dropped, 0.1).items() if p <= 1e-6} == {}
+
+
+def test_statistics_of_masks_catch_a_bad_mixer(mixer):
+    mixer("single multiply")
+    assert min(contingency.p_values(contingency.over_keys(1, 0.1, (64, 512, 512)), 0.1).values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "biased",
+    [
+        lambda drops: drops[:, :, :128].repeat(2, 2),  # neighbours alike
+        lambda drops: drops[:1].repeat(16, 0),  # the same mask under each key
+        lambda drops: drops[:, :1].repeat(128, 1),  # and in each row
+        lambda drops: np.sort(drops, axis=2),
+        lambda drops: drops | (np.random.default_rng(0).random(drops.shape) < 0.01),
+    ],
+)
+def test_statistics_of_masks_catch_bad_masks(biased):
+    dropped = np.random.default_rng(1).random((16, 128, 256)) < 0.1
+    assert min(contingency.p_values(dropped, 0.1).values()) > 1e-6
+    assert min(contingency.p_values(biased(dropped), 0.1).values()) < 1e-12
+
+
+def test_statistics_of_masks_have_the_distribution_that_they_claim():
+    """The p-values of 200 stacks of NumPy's masks are uniform, where they are not least of several."""
+    found = [contingency.p_values(np.random.default_rng(s).random((8, 32, 64)) < 0.1, 0.1) for s in range(200)]
+    for name in ["total", "rows", "columns", "8 x 8 tiles", "pairs of rows, all", "pairs along columns"]:
+        assert stats.kstest([p[name] for p in found], "uniform").pvalue > 1e-5, name
+
+
+@pytest.mark.parametrize("lines", ["rows", "keys"])
+def test_lines_share_words_by_chance_only(lines):
+    if lines == "rows":
+        words = bits.random_words(jax.random.key(3), (1024, 1024))
+    else:
+        keys = jax.random.split(jax.random.key(3), 1024)
+        words = jax.vmap(lambda key: bits.random_words(key, (1024,)))(keys)
+    assert contingency.shared_words(np.asarray(words)) > 1e-6
+
+
+def test_one_injection_is_caught_across_rows(mixer):
+    mixer("one injection")
+    assert contingency.shared_words(np.asarray(bits.random_words(jax.random.key(3), (1024, 1024)))) < 1e-12
 
 
 def test_keys_rows_and_steps_agree_by_chance_only():
