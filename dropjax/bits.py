@@ -28,6 +28,7 @@ _DOMAIN = (np.uint32(0x64726F70), np.uint32(0x6A617800 + VERSION))  # "drop", "j
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 _STRIDES = (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B))
+_NARROW = 32  # columns from which on the words of rows are kept in an array
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "origin"), meta_fields=("shared", "generator"))
@@ -129,12 +130,14 @@ def random_words(
 ) -> Array:
     """Draws one uniform 32-bit word for each element of an array.
 
-    The word at global indices (i0, ..., c) is, with (k0, k1) the words of the key,
+    The word at global indices (i0, ..., column) is, with (k0, k1) the words of the key,
 
         k0, k1 = k0 ^ 0x64726F70, k1 ^ 0x6A617802
         a, b = threefry2x32((k0, k1), (i0, i1)), then under those words (i2, i3), ...
-        column = lowbias32((c * 0x9E3779B9) ^ k0) + lowbias32((c * 0x85EBCA6B) ^ k1)
-        word = lowbias32(column ^ a) + b
+        c, d = lowbias32((column * 0x9E3779B9) ^ k0), lowbias32((column * 0x85EBCA6B) ^ k1)
+        x = (c ^ a) * (b | 1)
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        word = (x ^ (x >> 16)) + d
 
     with the leading indices padded by zeros to at least one pair. Growing any dimension keeps the
     words of the places that it had.
@@ -177,34 +180,37 @@ def words(draw: Draw, shape: tuple[int, ...]) -> Array:
     a, b = k0, k1
     for i, j in zip(rows[::2], rows[1::2], strict=True):
         a, b = threefry2x32(a, b, i, j)
-    c = _column_word(k0, k1, column)
-    if c.size != 1:  # both words in one array, so that threefry is compiled once
-        first = lax.broadcasted_iota(jnp.uint32, (2, *a.shape), 0) == 0
-        both = _apart(jnp.where(first, a, b))
-        a, b = lax.index_in_dim(both, 0, keepdims=False), lax.index_in_dim(both, 1, keepdims=False)
+    c, d = _column_words(k0, k1, column)
+    if c.size != 1 and column.shape[-1] >= _NARROW:
+        a, b = _apart(a, b)
     if a.size != 1:
-        c = _apart(c)
-    return _mix(a, b, c)
+        c, d = _apart(c, d)
+    return _mix(a, b, c, d)
 
 
-def _column_word(k0: Array, k1: Array, column: Array) -> Array:
-    """A word of each column: the sum of two permutations, since one never repeats, which long rows betray."""
-    return _lowbias32((column * _STRIDES[0]) ^ k0) + _lowbias32((column * _STRIDES[1]) ^ k1)
+def _column_words(k0: Array, k1: Array, column: Array) -> tuple[Array, Array]:
+    """The words of each column. Two: one alone would be the same for two columns now and then, or never."""
+    return _lowbias32((column * _STRIDES[0]) ^ k0), _lowbias32((column * _STRIDES[1]) ^ k1)
 
 
-def _mix(a: Array, b: Array, c: Array) -> Array:
-    """The word where a row (a, b) meets a column c; `docs/bits.md` has the mixers that were tried."""
-    return _lowbias32(c ^ a) + b
+def _mix(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """The word where a row (a, b) meets a column (c, d); `docs/bits.md` has the mixers that were tried."""
+    x = (c ^ a) * (b | np.uint32(1))
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return (x ^ (x >> np.uint32(16))) + d
 
 
-def _apart(words: Array) -> Array:
-    """The same words, in a form that XLA computes once into an array.
+def _apart(first: Array, second: Array) -> tuple[Array, Array]:
+    """The same two words, in a form that XLA computes once, into an array of both.
 
     Where words are broadcast along other dimensions XLA would fuse them and compute them again for each
     element. On CPU it drops barriers before it fuses, but it never fuses a division by something other than
     a constant into a broadcast. This division is by the 1 that a dropped barrier leaves.
     """
-    return lax.div(words, jnp.broadcast_to(lax.optimization_barrier(np.uint32(1)), words.shape))
+    is_first = lax.broadcasted_iota(jnp.uint32, (2, *first.shape), 0) == 0
+    both = jnp.where(is_first, first, second)
+    both = lax.div(both, jnp.broadcast_to(lax.optimization_barrier(np.uint32(1)), both.shape))
+    return lax.index_in_dim(both, 0, keepdims=False), lax.index_in_dim(both, 1, keepdims=False)
 
 
 def _coordinates(draw: Draw, shape: tuple[int, ...]) -> list[Array]:

@@ -33,8 +33,10 @@ def word(key_words, index):
     a, b = k0, k1 = key_words[0] ^ 0x64726F70, key_words[1] ^ 0x6A617802
     for pair in zip(row[::2], row[1::2], strict=True):
         a, b = threefry2x32((a, b), pair)
-    c = lowbias32(column * 0x9E3779B9 % WORD ^ k0) + lowbias32(column * 0x85EBCA6B % WORD ^ k1)
-    return (lowbias32(c % WORD ^ a) + b) % WORD
+    c, d = lowbias32(column * 0x9E3779B9 % WORD ^ k0), lowbias32(column * 0x85EBCA6B % WORD ^ k1)
+    x = (c ^ a) * (b | 1) % WORD
+    x = (x ^ (x >> 15)) * 0x846CA68B % WORD
+    return ((x ^ (x >> 16)) + d) % WORD
 
 
 def words(key_words, shape, shared=()):
