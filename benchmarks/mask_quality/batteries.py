@@ -3,6 +3,7 @@
 Each reads a stream from standard input and returns what it found; a finding is a line of the battery's own.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
 import re
@@ -14,17 +15,23 @@ from typing import IO, Any
 
 import numpy as np
 
+UNITS = {"MB": 2**20, "GB": 2**30}
 LIMIT = 1e-6  # TestU01: p outside [LIMIT, 1 - LIMIT]
 WIDTH = {"high halves": 16, "low halves": 16, **{f"byte {k}": 8 for k in range(4)}}  # else 32 bits
 
 
-def _feed(pipe: IO[bytes], stream: Iterator[memoryview]) -> None:
+def _feed(pipe: IO[bytes], stream: Iterator[memoryview], failures: list[Exception]) -> None:
     """Writes the stream until the reader has enough."""
     try:
         for block in stream:
             pipe.write(block)
     except BrokenPipeError:
         pass
+    except Exception as failure:
+        failures.append(failure)
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def _run(command: list[str], stream: Iterator[memoryview]) -> list[str]:
@@ -32,10 +39,13 @@ def _run(command: list[str], stream: Iterator[memoryview]) -> list[str]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdin is not None
     assert process.stdout is not None
-    feeder = threading.Thread(target=_feed, args=(process.stdin, stream))
+    failures: list[Exception] = []
+    feeder = threading.Thread(target=_feed, args=(process.stdin, stream, failures))
     feeder.start()
     lines = process.stdout.read().decode(errors="replace").splitlines()
     feeder.join()
+    if failures:
+        raise failures[0]
     if process.wait() not in (0, 1):  # PractRand says 1 where a test failed
         raise RuntimeError(f"{command[0]} ended with {process.returncode}: {lines[-3:]}")
     return lines
@@ -45,15 +55,18 @@ def practrand(stream: Iterator[memoryview], order: str, amount: str) -> dict[str
     """The core tests with standard folding, up to an amount such as 64GB, at every doubling."""
     lines = _run(["RNG_test", f"stdin{WIDTH.get(order, 32)}", "-tlmax", amount, "-tlmin", "1MB"], stream)
     version = lines[0].rpartition(" ")[2]
-    findings, read, tests = [], "", 0
+    findings, read, power, tests = [], "", 0, 0
     for line in lines:
-        if found := re.match(r"length= (.*?) \(", line):
-            read = found[1]
-        if found := re.search(r"(\d+) test result\(s\)|\.\.\.and (\d+) test result", line):
-            tests = int(found[1] or found[2])
+        if found := re.match(r"length= (.*?) \(2\^(\d+)", line):
+            read, power, tests = found[1], int(found[2]), 0
+        if found := re.search(r"(\d+) test result\(s\)", line):  # those without anomalies
+            tests += int(found[1])
         if re.search(r"unusual|suspicious|SUSPICIOUS|FAIL", line):
             findings.append(f"{read}: {' '.join(line.split())}")
+            tests += 1
     bad = [line for line in findings if not line.endswith(("unusual", "mildly suspicious"))]
+    if not tests or (not bad and 2**power != int(amount[:-2]) * UNITS[amount[-2:]]):
+        raise RuntimeError(f"PractRand did not read {amount}: {lines[-3:]}")
     return {
         "battery": f"PractRand {version} core",
         "amount": read,
@@ -103,6 +116,8 @@ def dieharder(stream: Iterator[memoryview]) -> dict[str, Any]:
     """All of dieharder's tests; what it calls FAILED has p below 1e-6."""
     lines = _run(["dieharder", "-a", "-g", "200"], stream)
     results = [[cell.strip() for cell in line.split("|")] for line in lines if re.search(r"PASSED|WEAK|FAILED", line)]
+    if not results:
+        raise RuntimeError(f"dieharder gave no result: {lines[-3:]}")
     findings = [" ".join(cells) for cells in results if cells[-1] != "PASSED"]
     return {
         "battery": "dieharder 3.31.1",

@@ -105,13 +105,20 @@ ORDERS: dict[str, Order] = {
     "masks, rate 0.1": dropped_of_eight,
 }
 
+WRAPPING = {"rows of 3", "one long row", "one column", "fold_in"}  # another key after each 2^32 words
+
 
 def stream(order: str, seed: int) -> Iterator[memoryview]:
-    """The blocks of an order under `jax.random.key(seed)`, without end."""
-    key, block_of = jax.random.key(seed), jax.jit(ORDERS[order])
+    """The blocks of an order under `jax.random.key(seed)`, without end.
+
+    Where an index would wrap, other keys take over in time.
+    """
+    first, block_of = jax.random.key(seed), jax.jit(ORDERS[order])
     block = 0
     while True:
-        data = np.asarray(block_of(key, jnp.uint32(block)))
+        round_, block_of_key = divmod(block, 2**8) if order in WRAPPING else (0, block)
+        key = jax.random.fold_in(first, round_) if round_ else first
+        data = np.asarray(block_of(key, jnp.uint32(block_of_key)))
         yield three_bits(data) if order == "masks, rate 0.1" else np.ascontiguousarray(data).data.cast("B")
         block += 1
 
@@ -119,6 +126,6 @@ def stream(order: str, seed: int) -> Iterator[memoryview]:
 def three_bits(values: np.ndarray) -> memoryview:
     """The values below 8 as three bits each, eight of them in three bytes; the odd ones are left out."""
     values = values[values < 8]
-    eight = values[: len(values) // 8 * 8].reshape(-1, 8).astype(np.uint32)
+    eight = values[: len(values) // 32 * 32].reshape(-1, 8).astype(np.uint32)  # whole words of 32 bits
     packed = (eight << np.arange(0, 24, 3, dtype=np.uint32)).sum(1, dtype=np.uint32)
     return np.ascontiguousarray(packed.view(np.uint8).reshape(-1, 4)[:, :3]).data.cast("B")
