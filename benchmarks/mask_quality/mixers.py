@@ -32,7 +32,7 @@ def stride(k0: Array, k1: Array, column: Array) -> tuple[Array, Array]:
 
 def summed(k0: Array, k1: Array, column: Array) -> tuple[Array, Array]:
     """The sum of two permutations under the key: sometimes two columns have one word."""
-    c, d = bits._column_words(k0, k1, column)
+    c, d = MIXERS["contract"][0](k0, k1, column)
     return c + d, jnp.zeros_like(column)
 
 

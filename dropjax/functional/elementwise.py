@@ -50,8 +50,8 @@ def dropout(
       TypeError, ValueError: if an argument is not as said above.
 
     Example:
-      >>> dropout(jax.random.key(0), jnp.ones(4), 0.25)
-      Array([0.       , 1.3333334, 0.       , 1.3333334], dtype=float32)
+      >>> dropout(jax.random.key(2), jnp.ones(4), 0.25)
+      Array([1.3333334, 1.3333334, 1.3333334, 0.       ], dtype=float32)
 
     Reference:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, [Dropout: a simple way to prevent neural
