@@ -249,8 +249,11 @@ def _is_nnx(node: Any) -> bool:
 
 
 def _owned(leaf: Any) -> Any:
-    """jit may read a NumPy array after it returns, when data() already writes the next batch into it."""
-    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+    """jit may read a NumPy array after it returns, when data() already writes the next batch into it.
+
+    So may `jnp.array`, in jax 0.12: the copy must be NumPy's.
+    """
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _finite(outcome: tuple[Array, Array], step: int) -> np.float32:
