@@ -3,6 +3,7 @@
 Each case takes the number of rounds and returns one row of figures. `python -m benchmarks.dropout` runs them all.
 """
 
+import contextlib
 import functools
 import statistics
 import subprocess
@@ -166,10 +167,7 @@ def transformer(rounds: int) -> Figures:
         box = [(variables, optimizer.init(variables))]
 
         def run() -> Any:
-            if replace:
-                with dropjax.linen.replace_flax():
-                    box[0] = step(*box[0], jax.random.key(2))
-            else:
+            with dropjax.linen.replace_flax() if replace else contextlib.nullcontext():
                 box[0] = step(*box[0], jax.random.key(2))
             return box[0]
 
@@ -284,10 +282,8 @@ def compiling(rounds: int) -> Figures:
 
         return calls
 
-    programs = {
-        "flax": program(nn.Dropout(RATE, deterministic=False)),
-        "dropjax": program(dropjax.linen.Dropout(RATE, deterministic=False)),
-    }
+    layers: dict[str, Any] = {"flax": nn.Dropout, "dropjax": dropjax.linen.Dropout}
+    programs = {name: program(layer(RATE, deterministic=False)) for name, layer in layers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(min(rounds, 3)):
         for name, calls in programs.items():

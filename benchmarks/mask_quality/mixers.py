@@ -16,13 +16,7 @@ from dropjax import bits, dropout
 ColumnWords = Callable[[Array, Array, Array], tuple[Array, Array]]
 Mixer = tuple[ColumnWords, Callable[[Array, Array, Array, Array], Array]]
 GOLDEN = np.uint32(0x9E3779B9)
-
-
-def hashed(x: Array) -> Array:
-    """lowbias32: Wellons, [Prospecting for hash functions](https://nullprogram.com/blog/2018/07/31/), 2018."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+hashed = bits._lowbias32
 
 
 def stride(k0: Array, k1: Array, column: Array) -> tuple[Array, Array]:
