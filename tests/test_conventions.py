@@ -14,6 +14,7 @@ import dropjax
 import dropjax.linen
 import dropjax.mc
 import dropjax.nnx
+import dropjax.sharding
 import dropjax.training
 from tests.variants import VARIANTS
 
@@ -21,14 +22,15 @@ PACKAGE = Path(dropjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["_checks", "sharding", "bits", "masks", "functional", "linen", "nnx", "mc", "_checkpoints", "training"]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}
+INTERNAL = ("Draw", "draw", "key_words", "words", "threefry_words", "linear_index", "place", "pairs", "options")
 PUBLIC = {
     f"{module.__name__}.{name}": thing
-    for module in [dropjax, dropjax.bits, dropjax.linen, dropjax.nnx, dropjax.mc, dropjax.training]
+    for module in [dropjax, dropjax.bits, dropjax.sharding, dropjax.linen, dropjax.nnx, dropjax.mc, dropjax.training]
     for name, thing in vars(module).items()
     if (inspect.isfunction(thing) or inspect.isclass(thing))
     and name[0] != "_"
     and thing.__module__.startswith("dropjax")
-    and not (thing.__module__ == "dropjax.bits" and name not in ("random_words", "threefry2x32"))
+    and thing.__name__ not in INTERNAL
 }
 public = pytest.mark.parametrize("thing", PUBLIC.values(), ids=PUBLIC.keys())
 
