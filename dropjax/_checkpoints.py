@@ -1,5 +1,6 @@
 """Checkpoints of a training run: written by Orbax, verified when read."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 class Run(NamedTuple):
@@ -26,6 +28,9 @@ class Checkpoints:
 
     Orbax writes into a temporary folder and renames it, so a half-written checkpoint has no step. A digest
     of all that was saved tells a damaged one, which is moved to `broken/` and never touched again.
+
+    Of several processes all gather what is saved, and the first writes it and chooses what all of them read. In each,
+    Orbax runs as if there were no other: reading with another count of processes is then no special case.
     """
 
     def __init__(self, folder: Path, seed: int):
@@ -36,17 +41,27 @@ class Checkpoints:
         self._ocp, self._folder, self._seed = ocp, folder.absolute(), seed
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"fit: checkpoint_dir must be a folder, got the file {self._folder}.")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._folder / "steps", options=options)
+        (self._folder / "steps").mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        """Made at its first use, since it looks at all steps: the first process may yet move a broken one."""
+        me = jax.process_index()
+        alone = self._ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        options = self._ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False, create=False, multiprocessing_options=alone
+        )
+        return self._ocp.CheckpointManager(self._folder / "steps", options=options)
 
     def save(self, step: int, run: Run, losses: np.ndarray, history: list) -> None:
-        """Saves what `restore` needs; when this returns, the checkpoint is there."""
+        """Saves what `restore` needs; when this returns, in any process, the checkpoint is there."""
         arrays = _arrays(run) | {"losses": losses}
-        about = {"step": step, "seed": self._seed, "leaves": leaves(run), "history": history}
-        about["digest"] = _digest(arrays, about)
-        args = self._ocp.args
-        self._manager.save(step, args=args.Composite(arrays=args.StandardSave(arrays), about=args.JsonSave(about)))
+        if jax.process_index() == 0:
+            about = {"step": step, "seed": self._seed, "leaves": leaves(run), "history": history}
+            about["digest"] = _digest(arrays, about)
+            args = self._ocp.args
+            self._manager.save(step, args=args.Composite(arrays=args.StandardSave(arrays), about=args.JsonSave(about)))
+        multihost_utils.sync_global_devices(f"fit: saved {step}")
 
     def restore(self, like: Run) -> tuple[int, Run, np.ndarray, list] | None:
         """Returns step, run, losses and history of the newest checkpoint that is whole, None without one.
@@ -54,26 +69,35 @@ class Checkpoints:
         Raises:
           ValueError: if that checkpoint has another seed, state or optimizer.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        found = self._newest()
+        if found is None:
+            return None
+        step, arrays, about = found
+        if about["seed"] != self._seed:
+            raise ValueError(
+                f"fit: seed must be {about['seed']}, as in checkpoint_dir {self._folder}, got {self._seed}. "
+                "Use another folder for another run."
+            )
+        if about["leaves"] != leaves(like):
+            wrong = next((a, b) for a, b in itertools.zip_longest(about["leaves"], leaves(like)) if a != b)
+            raise ValueError(
+                f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got {wrong[1]} "
+                f"for {wrong[0]}. Use another folder for another run."
+            )
+        history = [(done, numbers) for done, numbers in about["history"]]
+        return step, _run(arrays, like), arrays["losses"], history
+
+    def _newest(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        """The newest checkpoint that is whole: the first process looks for it, the others read the same step."""
+        found = None
+        for step in sorted(self._manager.all_steps(), reverse=True) if jax.process_index() == 0 else ():
             try:
-                arrays, about = self._read(step)
+                found = step, *self._read(step)
+                break
             except Exception as error:
                 self._set_aside(step, error)
-                continue
-            if about["seed"] != self._seed:
-                raise ValueError(
-                    f"fit: seed must be {about['seed']}, as in checkpoint_dir {self._folder}, got {self._seed}. "
-                    "Use another folder for another run."
-                )
-            if about["leaves"] != leaves(like):
-                wrong = next((a, b) for a, b in itertools.zip_longest(about["leaves"], leaves(like)) if a != b)
-                raise ValueError(
-                    f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got {wrong[1]} "
-                    f"for {wrong[0]}. Use another folder for another run."
-                )
-            history = [(done, numbers) for done, numbers in about["history"]]
-            return step, _run(arrays, like), arrays["losses"], history
-        return None
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found[0])))
+        return None if step < 0 else found or (step, *self._read(step))
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         args = self._ocp.args
@@ -88,7 +112,7 @@ class Checkpoints:
         warnings.warn(
             f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ "
             f"({type(error).__name__}: {str(error)[:200]}).",
-            stacklevel=4,
+            stacklevel=5,
         )
         aside = self._folder / "broken" / str(step)
         shutil.rmtree(aside, ignore_errors=True)
@@ -100,16 +124,24 @@ class Checkpoints:
 def _arrays(run: Run) -> dict[str, np.ndarray]:
     """The leaves of a run on the host, under their position; random keys as their words."""
     values = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(run)]
-    return {f"{i:06}": np.asarray(value) for i, value in enumerate(values) if np.size(value)}
+    return {f"{i:06}": _on_host(value) for i, value in enumerate(values) if np.size(value)}
+
+
+def _on_host(value: Any) -> np.ndarray:
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        return multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
 
 
 def _run(arrays: dict[str, np.ndarray], like: Run) -> Run:
     def placed(value: np.ndarray | None, leaf: Any) -> Any:
-        if value is None:  # of size zero, which Orbax does not save
-            return leaf
-        if _is_key(leaf):
-            return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
-        return jax.device_put(value, leaf.sharding) if hasattr(leaf, "sharding") else value
+        if value is None or not isinstance(leaf, jax.Array):  # None: of size zero, which Orbax does not save
+            return leaf if value is None else value
+        if leaf.committed:  # every process holds the whole value, and places the parts that are its own
+            array: Any = jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
+        else:
+            array = jnp.asarray(value)  # jit puts it where the others are
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 
     values, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [placed(arrays.get(f"{i:06}"), leaf) for i, leaf in enumerate(values)])

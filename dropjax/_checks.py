@@ -3,9 +3,10 @@
 Messages read "function: argument must be ..., got ..." and end with the remedy where there is one.
 """
 
+import contextlib
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -237,3 +238,26 @@ def key(function: str, value: Any) -> Array:
     remedy = "Call the stream for a key, rngs.dropout()." if "Rng" in type(value).__name__ else ""
     remedy = remedy or (_ORDER if is_array(value) else "Make one with jax.random.key(0).")
     raise TypeError(f"{function}: key must be a JAX random key, got {describe(value)}. {remedy}")
+
+
+def of_all_processes(function: str, argument: str, value: Any, remedy: str) -> None:
+    """Of several processes, each would take an array of its own for the whole: their results would drift apart."""
+    if jax.process_count() > 1 and is_array(value) and value.ndim and getattr(value, "is_fully_addressable", True):
+        raise ValueError(
+            f"{function}: {argument} must lie on the devices of all processes, got {describe(value)} of this process "
+            f"alone. Place it with {remedy}."
+        )
+
+
+@contextlib.contextmanager
+def together(function: str) -> Iterator[None]:
+    """Where one of several processes ends, the others fail in what they wait for: says what to do then."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and not str(error).startswith(f"{function}: "):
+            error.add_note(
+                f"{function}: process {jax.process_index()} of {jax.process_count()} stopped here. If another one "
+                "ended first, its output says why. Start all of them again: with checkpoint_dir they continue."
+            )
+        raise

@@ -66,7 +66,8 @@ def fit(
         NNX model's own streams do not depend on `seed`: to draw with `key`, pass
         `rngs=nnx.Rngs(dropout=key)` through its call. The state given is not modified.
       optimizer: an optax transformation.
-      data: the batch of a step, any pytree of arrays; it must depend on the step alone.
+      data: the batch of a step, any pytree of arrays; it must depend on the step alone. Of several
+        processes, each returns the same global arrays, and state lies on the devices of all.
       seed: seed of all keys.
       steps: how many steps to have done at the end.
       evaluate: called with the state after every `evaluate_every` steps and at the end; returns named
@@ -77,6 +78,7 @@ def fit(
         `dropjax[train]`. A checkpoint is verified when it is read; a broken one is passed over.
       checkpoint_every: number of steps from one checkpoint to the next; one is also written at the end.
       progress: whether to show a progress bar, which needs `dropjax[train]`; None shows one if it can.
+        Of several processes, the first shows it.
 
     Returns:
       `Fit`.
@@ -111,7 +113,7 @@ def fit(
     root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
     ahead: Any = None  # loss and health of the step before, not waited for
 
-    with _bar(first, steps, progress) as bar:
+    with _bar(first, steps, progress) as bar, _checks.together("fit"):
         for step in range(first, steps):
             batch = jax.tree.map(_owned, data(step))
             run, outcome = step_fn(*run, batch, jax.random.fold_in(root, step))
@@ -170,6 +172,8 @@ def _checked_parts(loss_fn: Any, state: Any, optimizer: Any, data: Any) -> _Part
                 f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
                 "is not trained goes beside 'params'."
             )
+    for leaf in jax.tree.leaves((parts.trained, parts.carried)):
+        _checks.of_all_processes("fit", "state", leaf, "jax.jit(lambda state: state, out_shardings=sharding)(state)")
     return parts
 
 
@@ -253,6 +257,7 @@ def _owned(leaf: Any) -> Any:
 
     So may `jnp.array`, in jax 0.12: the copy must be NumPy's.
     """
+    _checks.of_all_processes("fit", "data", leaf, "jax.make_array_from_process_local_data(sharding, rows)")
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
@@ -270,7 +275,7 @@ def _finite(outcome: tuple[Array, Array], step: int) -> np.float32:
 
 
 def _bar(first: int, steps: int, progress: bool | None) -> Any:
-    if progress is False:
+    if progress is False or jax.process_index() > 0:
         return _NoBar()
     try:
         from tqdm import tqdm

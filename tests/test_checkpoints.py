@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dropjax.training import fit
 from tests import kill_me
@@ -187,3 +190,22 @@ def test_empty_arrays_and_names_that_are_no_strings_are_saved(tmp_path):
     result = go(6)
     assert result.state["none"].shape == (0, 3)
     assert [step for step, _ in result.history] == [3, 6]
+
+
+def test_a_state_on_a_mesh_goes_on_where_it_lay(tmp_path):
+    """Also beside arrays that no device is chosen for, as those that optimizers make."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = {"first": NamedSharding(mesh, P(None, "data")), "last": NamedSharding(mesh, P("data"))}
+    loss_fn, state = kill_me.arguments("plain")
+
+    def go(steps):
+        return fit(
+            loss_fn, jax.device_put(state, sharding), optax.adam(1e-2), kill_me.data, seed=0, steps=steps,
+            checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+
+    before = go(4)
+    result = go(4)
+    assert jax.tree.map(lambda leaf: leaf.sharding, result.state) == sharding
+    assert kill_me.words(result) == kill_me.words(before)
+    assert np.isfinite(go(6).losses).all()
