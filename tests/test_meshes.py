@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,10 +155,25 @@ def test_donated_and_constrained_and_uneven(variant, key):
     assert placed.is_deleted()
 
 
-def test_jax_does_not_cut_what_does_not_divide():
-    """Only a constraint inside jit may be uneven (docs/sharding.md); the day JAX places such arrays is noticed here."""
+def test_what_jax_and_flax_do_not_do(key):
+    """The table at the end of docs/sharding.md: the day one of these changes is noticed here."""
+    x = jnp.ones((6, 4))
     with pytest.raises(ValueError, match=r"evenly divide|divisible"):
-        jax.device_put(jnp.ones((6, 4)), NamedSharding(mesh_of((4, 2)), P("data")))
+        jax.device_put(x, NamedSharding(mesh_of((4, 2)), P("data")))
+
+    def gathered(x):
+        return dropjax.dropout(key, jax.lax.all_gather(x, "model", axis=0, tiled=True), 0.5)
+
+    region = jax.shard_map(gathered, mesh=mesh_of((4, 2)), in_specs=P("model"), out_specs=P("model"))
+    with pytest.raises(ValueError, match="mesh axis 'model', over which it varies"):
+        jax.jit(region)(x)
+    explicit, rngs = mesh_of((2,), AxisType.Explicit), nnx.Rngs(0)
+    with jax.set_mesh(explicit):
+        placed = jax.device_put(x, NamedSharding(explicit, P("data")))
+        with pytest.raises(Exception, match=r"select .* must be scalar or have the same sharding"):
+            flax.linen.Dropout(0.5, deterministic=False).apply({}, placed, rngs={"dropout": key})
+        with pytest.raises(ValueError, match="does not evenly divide the dimension size 1"):
+            nnx.Dropout(0.5, broadcast_dims=(0,), rngs=rngs)(placed)
 
 
 @st.composite
