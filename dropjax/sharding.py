@@ -92,9 +92,10 @@ def assert_masks_differ(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> No
       ValueError: if fn draws nothing.
 
     Example:
+      >>> from dropjax import dropout
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> cut = jax.sharding.PartitionSpec("data")
-      >>> step = lambda x: dropjax.dropout(jax.random.key(0), x, 0.5, sharded_dims={0: "data"})
+      >>> step = lambda x: dropout(jax.random.key(0), x, 0.5, sharded_dims={0: "data"})
       >>> assert_masks_differ(jax.shard_map(step, mesh=mesh, in_specs=cut, out_specs=cut), jnp.ones((4, 2)))
     """
     seen: list[_Seen] = []
