@@ -31,13 +31,16 @@ _STRIDES = (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B))
 _NARROW = 32  # columns from which on the words of rows are kept in an array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "origin"), meta_fields=("shared", "generator"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("key", "origin"), meta_fields=("cut", "shared", "generator")
+)
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """One draw: the words of its key and the place of the piece that draws."""
 
     key: Array  # uint32[2]
-    origin: tuple[Array | None, ...]  # global index of the first element along each dimension; None is 0
+    origin: tuple[Array | None, ...]  # where the piece starts along each dimension; None is 0
+    cut: tuple[tuple[str, ...], ...]  # the mesh axes over which each dimension is cut
     shared: tuple[int, ...] = ()  # dimensions along which the index is 0
     generator: str = "mix"
 
@@ -57,7 +60,7 @@ def draw(
     key = _checks.key(function, key)
     _checks.generator(function, generator)
     dims = _checks.dims(function, "broadcast_dims", shared, len(shape))
-    if generator == "threefry" and (start or sharded_dims):
+    if generator == "threefry" and (start or any(d is not None for d in dict(sharded_dims or {}))):
         raise ValueError(
             f"{function}: generator must be 'mix' where start or sharded_dims is given, got 'threefry', whose "
             "masks depend on the whole shape."
@@ -67,8 +70,8 @@ def draw(
             f"{function}: generator must be 'mix' under jax_enable_x64 or without jax_threefry_partitionable, got "
             "'threefry', whose masks would not be those of jax.random.bernoulli."
         )
-    origin = sharding.place(function, key, data, shape, start, sharded_dims)
-    return Draw(key_words(function, key, generator), origin, dims, generator)
+    place = sharding.place(function, key, data, shape, start, sharded_dims)
+    return Draw(key_words(function, key, generator), *place, dims, generator)
 
 
 def key_words(function: str, key: Array, generator: str = "mix") -> Array:
@@ -216,13 +219,14 @@ def _apart(first: Array, second: Array) -> tuple[Array, Array]:
 def _coordinates(draw: Draw, shape: tuple[int, ...]) -> list[Array]:
     """For each dimension its global indices, uint32 of length 1 along all other dimensions."""
     coordinates = []
-    for d, (length, first) in enumerate(zip(shape, draw.origin, strict=True)):
+    for d, (length, origin, axes) in enumerate(zip(shape, draw.origin, draw.cut, strict=True)):
         along = [1] * len(shape)
         if d in draw.shared:
             coordinates.append(jnp.zeros(along, jnp.uint32))
         else:
             along[d] = length
             index = lax.broadcasted_iota(jnp.uint32, along, d)
+            first = sharding.first(origin, axes, length)
             coordinates.append(index if first is None else index + first)
     return coordinates
 

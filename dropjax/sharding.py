@@ -4,22 +4,17 @@ Under `jax.jit`, with automatic or explicit axes, arrays are whole and nothing h
 manual region each device sees only its piece, so the index of the piece's first element must be known.
 """
 
-import contextvars
 import functools
 import inspect
-import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.experimental import multihost_utils, xla_metadata
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _checks, _watch
 
 ShardedDims = Mapping[int | None, str | Sequence[str]]
 """`{dim: axis name or names}`, and `{None: names}` for copies that are meant to share their mask."""
@@ -34,8 +29,8 @@ def place(
     shape: tuple[int, ...],
     start: Mapping[int, ArrayLike] | None,
     sharded_dims: ShardedDims | None,
-) -> tuple[Array | None, ...]:
-    """Returns for each dimension the global index of the piece's first element; None stands for 0.
+) -> tuple[tuple[Array | None, ...], tuple[tuple[str, ...], ...]]:
+    """Returns for each dimension where it starts (None stands for 0), and over which mesh axes it is cut.
 
     Args:
       function: name for error messages.
@@ -54,19 +49,26 @@ def place(
     cut = _axes_of_dims(function, sharded_dims, len(shape), manual)
     if manual:
         _account(function, (key, *starts.values()), data, manual, cut, declared=sharded_dims is not None)
-    origin: list[Array | None] = [None] * len(shape)
-    for d, index in starts.items():
-        origin[d] = jnp.asarray(index, jnp.uint32)
-    for d, axes in ((d, axes) for d, axes in cut.items() if d is not None and axes):
-        first = starts.get(d, 0)
-        whole = shape[d] * lax.axis_size(axes)
-        _checks.last(function, d, 0 if _checks.is_traced(first) else int(first), whole)
-        offset = lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(shape[d])
-        before = origin[d]
-        origin[d] = offset if before is None else before + offset
-    if (seen := _seen.get()) is not None:
-        _watch(seen, function, key, data, origin, manual, cut.get(None, ()))
-    return tuple(origin)
+    for d, axes in cut.items():
+        if d is not None:
+            _checks.last(function, d, _known(starts.get(d, 0)), shape[d] * lax.axis_size(axes))
+    axes_of = tuple(cut.get(d, ()) for d in range(len(shape)))
+    origin = tuple(jnp.asarray(starts[d], jnp.uint32) if d in starts else None for d in range(len(shape)))
+    if (seen := _watch.seen.get()) is not None:
+        corner = [first(*of) for of in zip(origin, axes_of, shape, strict=True)]
+        typed = data is not None and bool(manual) and bool(_varying(lax.axis_index(manual[0])))
+        must = (_varying(data) if typed else frozenset(manual)) - frozenset(cut.get(None, ()))
+        may = frozenset(manual) - must - frozenset(cut.get(None, ()))
+        _watch.record(seen, function, key, data, corner, shape, sorted(must), sorted(may))
+    return origin, axes_of
+
+
+def first(origin: Array | None, axes: tuple[str, ...], length: int) -> Array | None:
+    """The global index of a piece's first element along a dimension that is cut over axes; None stands for 0."""
+    if not axes:
+        return origin
+    offset = lax.axis_index(axes).astype(jnp.uint32) * jnp.uint32(length)
+    return offset if origin is None else origin + offset
 
 
 def assert_masks_differ(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -74,9 +76,10 @@ def assert_masks_differ(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> No
 
     Inside shard_map and pmap two draws are the same if their keys and their places are. `sharded_dims` is an
     account of each draw, which this compares with what really happens: keys that were folded to differ and do
-    not, `{}` where nothing differs, starts that coincide. Draws are compared over the mesh axes over which x
-    varies (over all where the types do not say), without the axes of declared copies, `{None: axis}`. Layers of
-    dropjax are seen like functions; what draws without dropjax is not.
+    not, `{}` where nothing differs, starts whose pieces overlap. Draws are compared over the mesh axes over which
+    x varies by its type (over all where types do not say) or by its values, without the axes of declared copies,
+    `{None: axis}`. Layers of dropjax are seen like functions; what draws without dropjax is not, nor dropout of a
+    constant that is multiplied afterwards, nor a dimension that shares its mask and is declared as cut in error.
 
     Args:
       fn: any function that draws by dropjax on its way, jitted or not, also a whole training step with its
@@ -98,82 +101,18 @@ def assert_masks_differ(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> No
       >>> step = lambda x: dropout(jax.random.key(0), x, 0.5, sharded_dims={0: "data"})
       >>> assert_masks_differ(jax.shard_map(step, mesh=mesh, in_specs=cut, out_specs=cut), jnp.ones((4, 2)))
     """
-    seen: list[_Seen] = []
-    token = _seen.set(seen)
-    try:
-        # The metadata enters the key of jit's cache, so that the function is traced with the watcher in it.
-        with xla_metadata.set_xla_metadata(dropjax_watch=str(next(_calls))):
-            jax.block_until_ready(fn(*args, **kwargs))
-        jax.effects_barrier()
-    finally:
-        _seen.reset(token)
-    everywhere = _of_all_processes(seen)
-    if not everywhere:
+    seen = _watch.watched(fn, args, kwargs)
+    if not seen:
         raise ValueError(
             "assert_masks_differ: fn must draw by dropjax, got a function that draws nothing. Dropout of Flax is "
-            "seen under replace_flax; an executable that is compiled already is not."
+            "seen under replace_flax; an executable that is compiled already is not, nor another thread."
         )
-    shards: dict[Any, dict[tuple[int, ...], str]] = {}
-    for draw in everywhere:
-        shards.setdefault((draw.axes, draw.words, draw.place), {})[draw.shard] = draw.function
-    for (axes, words, place), by_shard in shards.items():
-        if len(by_shard) > 1:
-            (first, function), (second, other) = sorted(by_shard.items())[:2]
-            raise AssertionError(
-                f"assert_masks_differ: {function} on shard {dict(zip(axes, first, strict=True))} and {other} on shard "
-                f"{dict(zip(axes, second, strict=True))} drew the same mask, for the key words {words} and a first "
-                f"element at {place}; {len(by_shard)} shards did. Declare the cut, sharded_dims={{dim: axis}}, or "
-                "copies that share the mask, sharded_dims={None: axis}, or fold the axis into the key, "
-                "jax.random.fold_in(key, jax.lax.axis_index(axis))."
-            )
-
-
-class _Seen(NamedTuple):
-    """One draw on one device: two that differ in nothing but the shard repeat a mask."""
-
-    function: str
-    axes: tuple[str, ...]  # the mesh axes over which masks must differ
-    shard: tuple[int, ...]  # its place along them
-    words: tuple[int, ...]  # of the key
-    place: tuple[int, ...]  # of the first element
-
-
-_seen: contextvars.ContextVar[list[_Seen] | None] = contextvars.ContextVar("_seen", default=None)
-_calls = itertools.count()
-
-
-def _watch(
-    seen: list[_Seen],
-    function: str,
-    key: Array,
-    data: Any,
-    origin: Sequence[Array | None],
-    manual: tuple[str, ...],
-    copies: tuple[str, ...],
-) -> None:
-    """Has every device tell the host what it draws."""
-    typed = data is not None and manual and _varying(lax.axis_index(manual[0]))
-    axes = tuple(name for name in manual if name not in copies and (not typed or name in _varying(data)))
-    words = jax.random.key_data(key) if _checks.is_typed(key) else key
-    shard = [lax.axis_index(name) for name in axes]
-
-    def tell(*numbers: Any) -> None:
-        of_shard, of_words, of_place = (tuple(int(n) for n in np.ravel(np.asarray(part))) for part in numbers)
-        seen.append(_Seen(function, axes, of_shard, of_words, of_place))
-
-    place = [jnp.uint32(0) if first is None else first for first in origin]
-    jax.debug.callback(tell, shard, words, place)
-
-
-def _of_all_processes(seen: list[_Seen]) -> list[_Seen]:
-    """What the devices of all processes drew; each process hears of its own only."""
-    if jax.process_count() == 1:
-        return seen
-    text = np.frombuffer(json.dumps(seen).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(text.size)).max())
-    texts = multihost_utils.process_allgather(np.pad(text, (0, longest - text.size), constant_values=ord(" ")))
-    of_each = (json.loads(bytes(of_one)) for of_one in np.asarray(texts))
-    return [_Seen(name, *map(tuple, numbers)) for of_one in of_each for name, *numbers in of_one]
+    if repeated := _watch.repeated(seen):
+        raise AssertionError(
+            f"assert_masks_differ: two shards drew the same mask: {repeated}. Declare the cut, "
+            "sharded_dims={dim: axis}; or copies that share the mask, sharded_dims={None: axis}; or mend start; or "
+            "fold the axis into the key, jax.random.fold_in(key, jax.lax.axis_index(axis))."
+        )
 
 
 def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Sequence[str]], ...] | None:
@@ -203,13 +142,21 @@ def _axes_of_dims(
     cut: dict[int | None, tuple[str, ...]] = {}
     for d, names in given.items():
         where = None if d is None else _checks.dim(function, "sharded_dims", d, rank)
-        cut[where] = (*cut.get(where, ()), *((names,) if isinstance(names, str) else names))
+        given_names = (names,) if isinstance(names, str) or not isinstance(names, Sequence) else tuple(names)
+        if not all(isinstance(name, str) for name in given_names):
+            raise TypeError(
+                f"{function}: sharded_dims must map a dimension to the name of a mesh axis, or to several, got "
+                f"{_checks.describe(names)} for {d}. Leave out dimensions that are not cut."
+            )
+        cut[where] = (*cut.get(where, ()), *given_names)
     named = [name for names in cut.values() for name in names]
     for name in named:
         if name not in manual:
+            remedy = "An axis that jit takes care of needs no word."
+            if not manual:
+                remedy = "Under jax.jit the arrays are whole: leave sharded_dims out."
             raise ValueError(
-                f"{function}: sharded_dims must name manual mesh axes, which here are {manual}, got {name!r}. "
-                "Under jax.jit the arrays are whole: leave sharded_dims out."
+                f"{function}: sharded_dims must name manual mesh axes, which here are {manual}, got {name!r}. {remedy}"
             )
     if len(set(named)) < len(named) or len(cut) < len(given):
         raise ValueError(f"{function}: sharded_dims must name each dimension and each axis once, got {given}.")
@@ -251,6 +198,10 @@ def _account(
             f"copies that share the mask, sharded_dims={{None: {name!r}}}; or fold the axis into the key, "
             f"jax.random.fold_in(key, jax.lax.axis_index({name!r}))."
         )
+
+
+def _known(index: Any) -> int:
+    return 0 if _checks.is_traced(index) else int(index)
 
 
 def _varying(tree: Any) -> frozenset[str]:

@@ -20,9 +20,32 @@ from tests.variants import VARIANTS
 
 PACKAGE = Path(dropjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["_checks", "sharding", "bits", "masks", "functional", "linen", "nnx", "mc", "_checkpoints", "training"]
+ORDER = [
+    "_checks",
+    "_watch",
+    "sharding",
+    "bits",
+    "masks",
+    "functional",
+    "linen",
+    "nnx",
+    "mc",
+    "_checkpoints",
+    "training",
+]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}
-INTERNAL = ("Draw", "draw", "key_words", "words", "threefry_words", "linear_index", "place", "pairs", "options")
+INTERNAL = (
+    "Draw",
+    "draw",
+    "key_words",
+    "words",
+    "threefry_words",
+    "linear_index",
+    "place",
+    "first",
+    "pairs",
+    "options",
+)
 PUBLIC = {
     f"{module.__name__}.{name}": thing
     for module in [dropjax, dropjax.bits, dropjax.sharding, dropjax.linen, dropjax.nnx, dropjax.mc, dropjax.training]

@@ -167,6 +167,14 @@ def test_what_jax_and_flax_do_not_do(key):
     region = jax.shard_map(gathered, mesh=mesh_of((4, 2)), in_specs=P("model"), out_specs=P("model"))
     with pytest.raises(ValueError, match="mesh axis 'model', over which it varies"):
         jax.jit(region)(x)
+    both = mesh_of((4, 2), AxisType.Explicit)
+    rows = jax.device_put(jnp.ones((8, 4)), NamedSharding(both, P("data")))
+    partial = {"mesh": both, "in_specs": P("data"), "out_specs": P("data"), "axis_names": {"data"}}
+    called = jax.shard_map(lambda x: jax.debug.callback(print, jax.lax.axis_index("data")) or x, **partial)
+    with pytest.raises(NotImplementedError, match="Explicit"):
+        jax.jit(called)(rows)
+    drawn = jax.shard_map(lambda x: dropjax.dropout(key, x, 0.5, sharded_dims={0: "data"}), **partial)
+    np.testing.assert_array_equal(jax.jit(drawn)(rows), dropjax.dropout(key, jnp.ones((8, 4)), 0.5))
     explicit, rngs = mesh_of((2,), AxisType.Explicit), nnx.Rngs(0)
     with jax.set_mesh(explicit):
         placed = jax.device_put(x, NamedSharding(explicit, P("data")))

@@ -118,7 +118,7 @@ def test_the_checker_sees_the_devices_of_all_processes():
     for process in both:
         found = process.communicate(timeout=120)[0]
         assert "all differ\n" in found
-        assert "assert_masks_differ: dropout on shard {'data': 0} and dropout on shard {'data': 1} drew" in found
+        assert "drew the same mask: dropout on {'data': 0}, elements [0:2, 0:4], and dropout on {'data': 1}" in found
 
 
 @pytest.mark.parametrize("name", ["state", "data"])
