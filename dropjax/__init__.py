@@ -4,10 +4,16 @@ The functions are here; the layers are in `dropjax.linen` and `dropjax.nnx`, Mon
 `dropjax.mc`, the training loop in `dropjax.training`.
 """
 
-from dropjax.functional.elementwise import alpha_dropout as alpha_dropout
+from dropjax.functional.depth import drop_path as drop_path
 from dropjax.functional.elementwise import dropout as dropout
 from dropjax.functional.elementwise import gaussian_dropout as gaussian_dropout
+from dropjax.functional.noise import gaussian_noise as gaussian_noise
+from dropjax.functional.noise import uniform_dropout as uniform_dropout
+from dropjax.functional.self_normalising import alpha_dropout as alpha_dropout
+from dropjax.functional.self_normalising import feature_alpha_dropout as feature_alpha_dropout
 from dropjax.functional.structured import spatial_dropout as spatial_dropout
+from dropjax.functional.tokens import drop_head as drop_head
+from dropjax.functional.tokens import embedding_dropout as embedding_dropout
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
 

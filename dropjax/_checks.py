@@ -87,7 +87,7 @@ def mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
     return _broadcasts(function, "mask", jnp.asarray(mask), shape)
 
 
-def rate(function: str, value: Any, shape: tuple[int, ...], *, below_one: bool = False) -> Rate:
+def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "rate", range: str = "[0, 1]") -> Rate:
     """Returns the rate: `Fixed` for a number, float32 of the rank of `shape` (or a scalar) for an array.
 
     Values that are known are checked, also under jit; a traced one is checked by the mathematics,
@@ -98,27 +98,28 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, below_one: bool =
     number = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
     if not number and not isinstance(value, np.ndarray | Array):
         raise TypeError(
-            f"{function}: rate must be a number or a float array, got {describe(value)}. "
-            "It is the probability of dropping an element; convert lists with jnp.asarray."
+            f"{function}: {argument} must be a number or a float array, got {describe(value)}. "
+            "Convert lists with jnp.asarray."
         )
     if is_array(value) and not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-        raise TypeError(f"{function}: rate must be a number or a float array, got {describe(value)}. {_ORDER}")
+        raise TypeError(f"{function}: {argument} must be a number or a float array, got {describe(value)}. {_ORDER}")
     known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
     if known:
-        _in_range(function, np.asarray(value, dtype=np.float64), below_one)
+        _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
     if number:
         return Fixed(float(value))
-    return _broadcasts(function, "rate", jnp.asarray(value), shape).astype(jnp.float32)
+    return _broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
 
 
-def _in_range(function: str, values: np.ndarray, below_one: bool) -> None:
-    rounded = values.astype(np.float32)
-    good = (values >= 0) & (values <= 1) & ((rounded < 1) | (not below_one))
+def _in_range(function: str, values: np.ndarray, argument: str, range: str) -> None:
+    rounded = values.astype(np.float32)  # what is drawn with
+    good = {"[0, 1]": values <= 1, "[0, 1)": (values <= 1) & (rounded < 1), "[0, inf)": rounded < np.inf}[range]
+    good &= values >= 0
     if not good.all():
         wrong = float(values[~good].flat[0])
-        where = "[0, 1) (its variance is infinite at 1)" if below_one else "[0, 1]"
-        hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 else ""
-        raise ValueError(f"{function}: rate must be in {where}, got {wrong}.{hint}")
+        hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 and range != "[0, inf)" else ""
+        hint = " Its variance is infinite at 1." if wrong <= 1 and range == "[0, 1)" and wrong > 0 else hint
+        raise ValueError(f"{function}: {argument} must be in {range}, got {wrong}.{hint}")
 
 
 def _broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...]) -> Array:
@@ -178,6 +179,33 @@ def dims(function: str, argument: str, values: Any, rank: int) -> tuple[int, ...
     if len(set(found)) < len(found):
         raise ValueError(f"{function}: {argument} must name each dimension once, got {tuple(values)}.")
     return tuple(sorted(found))
+
+
+def indices(function: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """Returns integers whose shape begins that of x; known ones are checked not to be negative."""
+    if not is_array(value) or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{function}: indices must be an integer array, got {describe(value)}.")
+    if shape[: value.ndim] != tuple(value.shape) or value.ndim > len(shape):
+        raise ValueError(
+            f"{function}: indices must have the first dimensions of x, {tuple(shape)}, got shape {value.shape}."
+        )
+    if not is_traced(value) and getattr(value, "is_fully_addressable", True) and (np.asarray(value) < 0).any():
+        raise ValueError(f"{function}: indices must not be negative, got {np.asarray(value).min()}.")
+    return jnp.asarray(value)
+
+
+def places(
+    function: str, rank: int, channel_axis: Any, batch_axes: Any, *, argument: str = "channel_axis"
+) -> list[int]:
+    """The dimensions along which the places of one channel (or head) of one example lie."""
+    channel = dim(function, argument, channel_axis, rank)
+    batch = dims(function, "batch_axes", batch_axes, rank)
+    if channel in batch:
+        raise ValueError(
+            f"{function}: {argument} must not be one of batch_axes, got {channel_axis} and {batch_axes}. "
+            "For one example without a batch pass batch_axes=()."
+        )
+    return [d for d in range(rank) if d != channel and d not in batch]
 
 
 def start(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:

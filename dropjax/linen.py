@@ -18,7 +18,7 @@ from jax.experimental import xla_metadata
 from jax.typing import ArrayLike
 
 from dropjax import _checks, sharding
-from dropjax.functional import elementwise, structured
+from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
 from dropjax.sharding import ShardedDims
 
 _FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
@@ -41,6 +41,7 @@ class _Layer(nn.Module):
         rng: Array | None = None,
         *,
         start: Mapping[int, ArrayLike] | None = None,
+        **place: Any,
     ) -> Array:
         """Applies the layer's function to the inputs.
 
@@ -49,27 +50,32 @@ class _Layer(nn.Module):
           deterministic: if True the inputs are returned as they are; given here or as a field.
           rng: a key to use instead of one from `make_rng(rng_collection)`.
           start: `{dim: index}`, where the inputs start in the whole array.
+          place: what else says where the inputs lie: `indices` of an embedding.
 
         Returns:
           Array of the shape and dtype of the inputs.
         """
-        options = {name: getattr(self, name) for name in sharding.options(self._function)}
-        return _call(self, self._function, inputs, deterministic, rng, start=start, **options)
+        rate, options = sharding.fields(self._function)
+        fields = {name: getattr(self, name) for name in options}
+        return _call(
+            self, self._function, getattr(self, rate), inputs, deterministic, rng, start=start, **place, **fields
+        )
 
 
 def _call(
     layer: Any,
     function: Callable[..., Array],
+    rate: ArrayLike,
     inputs: ArrayLike,
     deterministic: bool | None = None,
     rng: Array | None = None,
     **options: Any,
 ) -> Any:
     deterministic = nn.merge_param("deterministic", layer.deterministic, deterministic)
-    if deterministic or (isinstance(layer.rate, int | float) and layer.rate == 0):
+    if deterministic or (isinstance(rate, int | float) and rate == 0):
         return inputs
     key = layer.make_rng(layer.rng_collection) if rng is None else rng
-    return function(key, inputs, layer.rate, **options)
+    return function(key, inputs, rate, **options)
 
 
 class Dropout(_Layer):
@@ -134,7 +140,7 @@ class AlphaDropout(_Layer):
     rng_collection: str = "dropout"
     generator: str = dataclasses.field(default="mix", kw_only=True)
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
-    _function = staticmethod(elementwise.alpha_dropout)
+    _function = staticmethod(self_normalising.alpha_dropout)
 
 
 class SpatialDropout(_Layer):
@@ -158,6 +164,128 @@ class SpatialDropout(_Layer):
     generator: str = dataclasses.field(default="mix", kw_only=True)
     sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
     _function = staticmethod(structured.spatial_dropout)
+
+
+class GaussianNoise(_Layer):
+    """`dropjax.gaussian_noise` as a layer: additive noise of mean 0.
+
+    Attributes:
+      stddev: standard deviation of the noise.
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    stddev: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(noise.gaussian_noise)
+
+
+class UniformDropout(_Layer):
+    """`dropjax.uniform_dropout` as a layer: uniform multiplicative noise around 1.
+
+    Attributes:
+      beta: half the width of the noise, in `[0, 1]`.
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    beta: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(noise.uniform_dropout)
+
+
+class FeatureAlphaDropout(_Layer):
+    """`dropjax.feature_alpha_dropout` as a layer: alpha dropout of whole channels.
+
+    Attributes:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    generator: str = dataclasses.field(default="mix", kw_only=True)
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(self_normalising.feature_alpha_dropout)
+
+
+class DropPath(_Layer):
+    """`dropjax.drop_path` as a layer: drops residual branches, which is stochastic depth.
+
+    Attributes:
+      rate: probability of dropping a branch, in `[0, 1]`.
+      mode: `"row"`, a decision for each example, or `"batch"`, one for all.
+      scale: whether what is kept is divided by 1 - rate.
+      batch_axis: the axis of the examples.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    mode: str = "row"
+    scale: bool = True
+    batch_axis: int = 0
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(depth.drop_path)
+
+
+class EmbeddingDropout(_Layer):
+    """`dropjax.embedding_dropout` as a layer: drops whole words; give `indices=` with what was looked up.
+
+    Attributes:
+      rate: probability of dropping a row of the vocabulary, in `[0, 1]`.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(tokens.embedding_dropout)
+
+
+class DropHead(_Layer):
+    """`dropjax.drop_head` as a layer: drops whole attention heads.
+
+    Attributes:
+      rate: probability of dropping a head, in `[0, 1]`.
+      head_axis: the axis of the heads.
+      batch_axes: the axes along which decisions differ besides the head's.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    head_axis: int = 1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(tokens.drop_head)
 
 
 @contextlib.contextmanager
@@ -201,7 +329,7 @@ def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -
         function = functools.partial(
             elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=_generator.get()
         )
-        return _call(module, function, *args, **kwargs)
+        return _call(module, function, module.rate, *args, **kwargs)
     if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
         return next_method(*args, **kwargs)
     # A bound module is frozen, and a copy would be another module: its function is swapped for this call.

@@ -101,7 +101,9 @@ def _apply_mask(x: Array, mask: Array, rate: Rate) -> Array:
     return apply(x, mask, rate)
 
 
-def redrawn(formula: Callable[..., Array], *, prevent_cse: bool = False) -> Callable[..., Array]:
+def redrawn(
+    formula: Callable[..., Array], *, prevent_cse: bool = False, static_argnums: tuple[int, ...] = ()
+) -> Callable[..., Array]:
     """Compiles a formula of a draw so that its backward pass draws again instead of storing a mask.
 
     What is kept between the passes is the key's words, and those arguments that are arrays and that
@@ -109,7 +111,8 @@ def redrawn(formula: Callable[..., Array], *, prevent_cse: bool = False) -> Call
     costs so much that XLA would rather keep it than compute it twice; it bars the backward pass from fusion
     with what comes before it.
     """
-    return jax.jit(jax.checkpoint(formula, prevent_cse=prevent_cse))
+    remat = jax.checkpoint(formula, prevent_cse=prevent_cse, static_argnums=static_argnums)
+    return jax.jit(remat, static_argnums=static_argnums)
 
 
 def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:
@@ -118,12 +121,17 @@ def keep(draw: bits.Draw, shape: tuple[int, ...], rate: Rate) -> Array:
         # jax draws a uniform of 23 bits and keeps where it is below float32(1 - rate)
         uniform = bits.threefry_words(draw, shape) >> np.uint32(9)
         return uniform < _bernoulli_threshold(rate)
+    if isinstance(rate, Fixed) and threshold(rate) in (0, _WORDS):
+        return jnp.full(shape, threshold(rate) == 0)
+    return above(bits.words(draw, shape), rate)
+
+
+def above(words: Array, rate: Rate) -> Array:
+    """True where a word is not below the threshold of the rate."""
     t = threshold(rate)
     if isinstance(rate, Fixed):
-        if t in (0, _WORDS):
-            return jnp.full(shape, t == 0)
-        return bits.words(draw, shape) >= np.uint32(t)
-    return (bits.words(draw, shape) >= t) & (rate != 1)
+        return words >= np.uint32(t) if t < _WORDS else jnp.zeros(words.shape, bool)
+    return (words >= t) & (rate != 1)
 
 
 def threshold(rate: Rate) -> Any:
@@ -190,9 +198,11 @@ def reciprocal(q: Array) -> Array:
     return lax.bitcast_convert_type(rounded, jnp.float32)
 
 
-def apply(x: Array, kept: Array, rate: Rate, generator: str = "mix") -> Array:
-    """x / q where kept, 0 elsewhere; a true select, so that an infinity that is dropped is 0."""
-    if generator == "threefry":
+def apply(x: Array, kept: Array, rate: Rate, generator: str = "mix", *, rescale: bool = True) -> Array:
+    """x / q (or x) where kept, 0 elsewhere; a true select, so that an infinity that is dropped is 0."""
+    if not rescale:
+        scaled = x if isinstance(rate, Fixed) else jnp.where(valid(rate), x, jnp.asarray(np.nan, x.dtype))
+    elif generator == "threefry":
         scaled = _divided(x, rate)
     elif isinstance(rate, Fixed) and threshold(rate) == 0:
         scaled = x
@@ -230,7 +240,12 @@ def widened(x: Array, factor: ArrayLike) -> Array:
     return x.astype(dtype) * factor
 
 
-def normal(draw: bits.Draw, shape: tuple[int, ...]) -> Array:
-    """Standard normal float32 noise: the inverse distribution function at a 24-bit midpoint, so E = 0 exactly."""
+def uniform(draw: bits.Draw, shape: tuple[int, ...]) -> Array:
+    """Uniform float32 noise in (-1, 1): midpoints of 2^24 equal intervals, so E = 0 exactly."""
     odd = (bits.words(draw, shape) >> np.uint32(8)).astype(jnp.int32) * 2 + (1 - 2**24)
-    return np.float32(np.sqrt(2)) * lax.erf_inv(odd.astype(jnp.float32) * np.float32(2.0**-24))
+    return odd.astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def normal(draw: bits.Draw, shape: tuple[int, ...]) -> Array:
+    """Standard normal float32 noise: the inverse distribution function at such a midpoint, so E = 0 exactly."""
+    return np.float32(np.sqrt(2)) * lax.erf_inv(uniform(draw, shape))

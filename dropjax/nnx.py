@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _checks, sharding
-from dropjax.functional import elementwise, structured
+from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
 from dropjax.sharding import ShardedDims
 
 _FlaxDropout = nnx.Dropout  # Flax's own, also where somebody sets flax.nnx.Dropout to ours
@@ -41,7 +41,6 @@ class _Layer(nnx.Module):
     _function: ClassVar[Callable[..., Array]]
     __signature__ = _Signature()
 
-    rate: ArrayLike
     deterministic: bool | None
     rng_collection: str
     rngs: nnx.Rngs | nnx.RngStream | None
@@ -64,6 +63,7 @@ class _Layer(nnx.Module):
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
         start: Mapping[int, ArrayLike] | None = None,
+        **place: Any,
     ) -> Array:
         """Applies the layer's function to the inputs.
 
@@ -73,12 +73,15 @@ class _Layer(nnx.Module):
           rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
           start: `{dim: index}`, where the inputs start in the whole array. Pieces of one array need one
             key: pass it as `rngs`, since the layer's own stream gives each call a new one.
+          place: what else says where the inputs lie: `indices` of an embedding.
 
         Returns:
           Array of the shape and dtype of the inputs.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or (deterministic is not None and isinstance(self.rate, int | float) and self.rate == 0):
+        name, options = sharding.fields(self._function)
+        rate = getattr(self, name)
+        if deterministic or (deterministic is not None and isinstance(rate, int | float) and rate == 0):
             return inputs  # type: ignore[return-value]  # what came in goes out
         source = self.rngs if rngs is None else rngs
         if deterministic is None or not isinstance(source, nnx.Rngs | nnx.RngStream | Array):
@@ -86,8 +89,8 @@ class _Layer(nnx.Module):
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
         key = source() if isinstance(source, nnx.RngStream) else source
-        options = {name: getattr(self, name) for name in sharding.options(self._function)}
-        return self._function(key, inputs, self.rate, start=start, **options)
+        fields = {name: getattr(self, name) for name in options}
+        return self._function(key, inputs, rate, start=start, **place, **fields)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Class method used by `nnx.view`.
@@ -174,7 +177,7 @@ class AlphaDropout(_Layer):
     rngs: nnx.Rngs | nnx.RngStream | None = None
     generator: str = "mix"
     sharded_dims: ShardedDims | None = None
-    _function = staticmethod(elementwise.alpha_dropout)
+    _function = staticmethod(self_normalising.alpha_dropout)
 
 
 @nnx.dataclass(eq=False)
@@ -202,6 +205,152 @@ class SpatialDropout(_Layer):
     generator: str = "mix"
     sharded_dims: ShardedDims | None = None
     _function = staticmethod(structured.spatial_dropout)
+
+
+@nnx.dataclass(eq=False)
+class GaussianNoise(_Layer):
+    """`dropjax.gaussian_noise` as a layer: additive noise of mean 0.
+
+    Args:
+      stddev: standard deviation of the noise.
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    stddev: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(noise.gaussian_noise)
+
+
+@nnx.dataclass(eq=False)
+class UniformDropout(_Layer):
+    """`dropjax.uniform_dropout` as a layer: uniform multiplicative noise around 1.
+
+    Args:
+      beta: half the width of the noise, in `[0, 1]`.
+      broadcast_dims: dimensions along which the noise is shared.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    beta: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(noise.uniform_dropout)
+
+
+@nnx.dataclass(eq=False)
+class FeatureAlphaDropout(_Layer):
+    """`dropjax.feature_alpha_dropout` as a layer: alpha dropout of whole channels.
+
+    Args:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      generator: `"mix"` or `"threefry"`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    generator: str = "mix"
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(self_normalising.feature_alpha_dropout)
+
+
+@nnx.dataclass(eq=False)
+class DropPath(_Layer):
+    """`dropjax.drop_path` as a layer: drops residual branches, which is stochastic depth.
+
+    Args:
+      rate: probability of dropping a branch, in `[0, 1]`.
+      mode: `"row"`, a decision for each example, or `"batch"`, one for all.
+      scale: whether what is kept is divided by 1 - rate.
+      batch_axis: the axis of the examples.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    mode: str = "row"
+    scale: bool = True
+    batch_axis: int = 0
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(depth.drop_path)
+
+
+@nnx.dataclass(eq=False)
+class EmbeddingDropout(_Layer):
+    """`dropjax.embedding_dropout` as a layer: drops whole words; give `indices=` with what was looked up.
+
+    Args:
+      rate: probability of dropping a row of the vocabulary, in `[0, 1]`.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(tokens.embedding_dropout)
+
+
+@nnx.dataclass(eq=False)
+class DropHead(_Layer):
+    """`dropjax.drop_head` as a layer: drops whole attention heads.
+
+    Args:
+      rate: probability of dropping a head, in `[0, 1]`.
+      head_axis: the axis of the heads.
+      batch_axes: the axes along which decisions differ besides the head's.
+      deterministic: if True the inputs are returned as they are.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    head_axis: int = 1
+    batch_axes: int | Sequence[int] = (0,)
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    sharded_dims: ShardedDims | None = None
+    _function = staticmethod(tokens.drop_head)
 
 
 def replace_flax(model: _Model, generator: str = "mix") -> _Model:

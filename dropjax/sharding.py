@@ -124,10 +124,10 @@ def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Seq
 
 
 @functools.cache
-def options(function: Callable[..., Any]) -> list[str]:
-    """The options of a placed function that are fields of its layer: all but the place of a piece."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "start"]
+def fields(function: Callable[..., Any]) -> tuple[str, list[str]]:
+    """What a layer stores of its function: the name of its rate, and its options but for the place of its input."""
+    _, _, rate, *options = inspect.signature(function).parameters
+    return rate, [name for name in options if name not in ("start", "indices")]
 
 
 def _axes_of_dims(

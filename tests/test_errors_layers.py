@@ -13,6 +13,7 @@ import dropjax.linen
 import dropjax.nnx
 from dropjax import mc
 from tests.test_errors import KEY, X, raises
+from tests.variants import VARIANTS
 
 
 def test_linen_errors_are_those_of_flax():
@@ -32,13 +33,13 @@ def test_linen_errors_are_those_of_flax():
         assert message[0] == message[1]
 
 
-@pytest.mark.parametrize("name", ["Dropout", "GaussianDropout", "AlphaDropout", "SpatialDropout"])
+@pytest.mark.parametrize("name", sorted({row.layer for row in VARIANTS.values() if "range" not in row.not_for}))
 def test_layers_raise_the_errors_of_their_function(name):
     for call in [
         lambda rate: getattr(dropjax.linen, name)(rate).apply({}, X, False, rng=KEY),
         lambda rate: getattr(dropjax.nnx, name)(rate)(X, rngs=KEY),
     ]:
-        with pytest.raises(ValueError, match=r"rate must be in \[0, 1.*got 1.5"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1.*got 1.5"):
             call(1.5)
 
 

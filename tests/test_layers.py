@@ -17,9 +17,10 @@ import dropjax.linen
 import dropjax.nnx
 from dropjax import sharding
 from tests.test_variants import RATE, assert_same, draw, every, inputs
+from tests.variants import VARIANTS
 
-FRAMEWORK = {"rate", "deterministic", "rng_collection", "rngs", "parent", "name"}
-NAMES = ["Dropout", "GaussianDropout", "AlphaDropout", "SpatialDropout"]
+FRAMEWORK = {"deterministic", "rng_collection", "rngs", "parent", "name"}
+NAMES = sorted({row.layer for row in VARIANTS.values()})
 
 
 def linen_layer(variant, **fields):
@@ -63,10 +64,11 @@ def test_fields_are_the_parameters_of_the_function(name):
         options = {
             p.name: p.default
             for p in inspect.signature(layer._function).parameters.values()
-            if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name != "start"  # start is given at the call
+            if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name not in ("start", "indices")  # given at the call
         }
-        fields = {f.name: f.default for f in dataclasses.fields(layer) if f.name not in FRAMEWORK}
-        assert list(fields) == sharding.options(layer._function)
+        rate, names = sharding.fields(layer._function)
+        fields = {f.name: f.default for f in dataclasses.fields(layer) if f.name not in {*FRAMEWORK, rate}}
+        assert list(fields) == names
         assert fields == options
 
 
@@ -109,7 +111,7 @@ def test_nnx_layers_are_modules(name, key):
     expected = nnx.clone(layer)(x)
     np.testing.assert_array_equal(nnx.merge(*nnx.split(layer))(x), expected)
     np.testing.assert_array_equal(nnx.view(layer, deterministic=True)(x), x)
-    assert pickle.loads(pickle.dumps(layer)).rate == 0.5
+    assert getattr(pickle.loads(pickle.dumps(layer)), sharding.fields(layer._function)[0]) == 0.5
     assert isinstance(hash(layer), int)
     assert inspect.signature(layer) == inspect.signature(type(layer).__call__).replace(
         parameters=list(inspect.signature(type(layer).__call__).parameters.values())[1:]

@@ -71,6 +71,63 @@ def dropout_moments(x, rate):
     return two_points(x / (1 - rate), 0 * x, 1 - rate)
 
 
+def noise_oracle(words, x, rate, options):
+    midpoint = ((oracle.words(words, x.shape) >> 8).astype(np.float64) + 0.5) / 2**24
+    return x + rate * special.ndtri(midpoint)
+
+
+def noise_moments(x, rate):
+    return x, rate**2 + 0 * x, 3 * rate**4 + 0 * x
+
+
+def uniform_oracle(words, x, rate, options):
+    midpoint = ((oracle.words(words, x.shape) >> 8).astype(np.float64) + 0.5) / 2**24
+    return x * (1 + rate * (2 * midpoint - 1))
+
+
+def uniform_moments(x, rate):
+    return x, x**2 * rate**2 / 3, x**4 * rate**4 / 5
+
+
+def feature_alpha_oracle(words, x, rate, options):
+    a, b, alpha_p = keras_alpha(rate)
+    return a * np.where(oracle.keep(words, x.shape, rate, (1,)), x, alpha_p) + b
+
+
+def drop_path_oracle(words, x, rate, options):
+    """timm's and torchvision's formula: a Bernoulli variable for each row, or one for all, and the division."""
+    shared = range(x.ndim) if options.get("mode") == "batch" else range(1, x.ndim)
+    scale = oracle.scale(rate) if options.get("scale", True) else np.float32(1)
+    return np.where(oracle.keep(words, x.shape, rate, tuple(shared)), x * scale, np.float32(0))
+
+
+def unscaled_moments(x, rate):
+    return two_points(x, 0 * x, 1 - rate)
+
+
+def embedding_oracle(words, x, rate, options):
+    rows = options.get("indices", np.arange(x.shape[0]))
+    table = oracle.keep(words, (int(np.max(rows)) + 1, *[1] * (x.ndim - np.ndim(rows))), rate)
+    return np.where(table[np.asarray(rows)], x * oracle.scale(rate), np.float32(0))
+
+
+def drop_head_oracle(words, x, rate, options):
+    """The paper's formula: the number of heads over the number of those that are kept."""
+    kept = oracle.keep(words, x.shape, rate, (2,))
+    count = kept.sum(1, keepdims=True)
+    return np.where(kept, x * (x.shape[1] / np.maximum(count, 1)), 0)
+
+
+def drop_head_moments(x, rate):
+    """Sums over the number k of the kept ones, which is binomial; m is 1 in k / H of the cases."""
+    heads, q = x.shape[1], 1 - rate
+    k = np.arange(1, heads + 1)
+    chance = special.comb(heads, k) * q**k * rate ** (heads - k)
+    first, second, third, fourth = (x**n * (chance * heads ** (n - 1.0) / k ** (n - 1.0)).sum() for n in (1, 2, 3, 4))
+    central = fourth - 4 * third * first + 6 * second * first**2 - 3 * first**4
+    return first, second - first**2, central
+
+
 VARIANTS = {
     "dropout": Variant(dropjax.dropout, "Dropout", dropout_oracle, dropout_moments),
     "dropout_shared": Variant(
@@ -112,6 +169,73 @@ VARIANTS = {
         not_for={
             "complex": "SELU's saturation value is real",
             "linear": "what is dropped becomes a constant, not 0",
+        },
+    ),
+    "feature_alpha_dropout": Variant(
+        dropjax.feature_alpha_dropout,
+        "FeatureAlphaDropout",
+        feature_alpha_oracle,
+        alpha_moments,
+        exact=False,
+        not_for={
+            "complex": "SELU's saturation value is real",
+            "linear": "what is dropped becomes a constant, not 0",
+            "scalar": "a channel axis needs a dimension",
+        },
+    ),
+    "gaussian_noise": Variant(
+        dropjax.gaussian_noise,
+        "GaussianNoise",
+        noise_oracle,
+        noise_moments,
+        exact=False,
+        not_for={
+            "complex": "the noise is real, and is added",
+            "linear": "the noise is added",
+            "rate_one": "a standard deviation of 1 drops nothing",
+            "range": "a standard deviation may be above 1",
+            "residuals": "its derivative is 1: nothing is kept at all",
+        },
+    ),
+    "uniform_dropout": Variant(
+        dropjax.uniform_dropout,
+        "UniformDropout",
+        uniform_oracle,
+        uniform_moments,
+        exact=False,
+        not_for={"rate_one": "noise in (0, 2) drops nothing"},
+    ),
+    "drop_path": Variant(
+        dropjax.drop_path,
+        "DropPath",
+        drop_path_oracle,
+        dropout_moments,
+        not_for={"scalar": "a batch axis needs a dimension"},
+    ),
+    "drop_path_of_the_batch_without_scale": Variant(
+        dropjax.drop_path,
+        "DropPath",
+        drop_path_oracle,
+        unscaled_moments,
+        options={"mode": "batch", "scale": False},
+        not_for={"scalar": "a batch axis needs a dimension"},
+    ),
+    "embedding_dropout": Variant(
+        dropjax.embedding_dropout,
+        "EmbeddingDropout",
+        embedding_oracle,
+        dropout_moments,
+        not_for={"scalar": "a table has a dimension of its vocabulary"},
+    ),
+    "drop_head": Variant(
+        dropjax.drop_head,
+        "DropHead",
+        drop_head_oracle,
+        drop_head_moments,
+        exact=False,
+        not_for={
+            "scalar": "the heads need a dimension",
+            "dim 1": "heads are scaled by how many of all of them are kept",
         },
     ),
 }

@@ -11,9 +11,6 @@ from jax.typing import ArrayLike
 from dropjax import _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
-ALPHA_PRIME = -1.7580993408473766
-"""-scale * alpha of SELU: the value that SELU saturates to, to which alpha dropout drops."""
-
 
 def dropout(
     key: Array,
@@ -110,7 +107,7 @@ def gaussian_dropout(
       networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014, section 10.
     """
     x = _checks.array("gaussian_dropout", x)
-    checked = _checks.rate("gaussian_dropout", rate, x.shape, below_one=True)
+    checked = _checks.rate("gaussian_dropout", rate, x.shape, range="[0, 1)")
     draw = bits.draw(
         "gaussian_dropout", key, (x, checked), x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims
     )
@@ -123,63 +120,3 @@ def _gaussian_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     good = (r >= 0) & (r < 1)
     stddev = jnp.where(good, jnp.sqrt(jnp.where(good, r, 0) / jnp.where(good, 1 - r, 1)), np.nan)
     return masks.times(x, 1 + stddev * masks.normal(draw, x.shape))
-
-
-def alpha_dropout(
-    key: Array,
-    x: ArrayLike,
-    rate: ArrayLike,
-    *,
-    broadcast_dims: Sequence[int] = (),
-    generator: str = "mix",
-    start: Mapping[int, ArrayLike] | None = None,
-    sharded_dims: sharding.ShardedDims | None = None,
-) -> Array:
-    """Sets each element with probability `rate` to SELU's saturation value, keeping mean 0 and variance 1.
-
-    y = a (x if kept else α') + b with q the keep rate, α' = -1.7581, a = (q (1 + (1 - q) α'^2))^-1/2
-    and b = -a α' (1 - q). For x of mean 0 and variance 1, E[y] = 0 and Var[y] = 1.
-
-    Args:
-      key: one JAX key; it is consumed.
-      x: real float `[...]`.
-      rate: probability of dropping, in `[0, 1]`: a number, or a float array that broadcasts against x.
-        At 1 the output is 0. It may be traced, and is not differentiated.
-      broadcast_dims: dimensions along which the mask is shared; negatives count from the end.
-      generator: `"mix"` or `"threefry"`, as for `dropout`.
-      start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
-
-    Returns:
-      Array of the shape and dtype of x. NaN where a traced rate is NaN or out of range.
-
-    Raises:
-      TypeError, ValueError: if an argument is not as said above.
-
-    Example:
-      >>> y = alpha_dropout(jax.random.key(0), jax.random.normal(jax.random.key(1), 100_000), 0.3)
-      >>> abs(float(y.mean())) < 0.02 and 0.98 < float(y.std()) < 1.02
-      True
-
-    Reference:
-      Klambauer, Unterthiner, Mayr, Hochreiter, [Self-normalizing neural
-      networks](https://arxiv.org/abs/1706.02515), 2017.
-    """
-    x = _checks.array("alpha_dropout", x, real=True)
-    checked = _checks.rate("alpha_dropout", rate, x.shape)
-    draw = bits.draw(
-        "alpha_dropout", key, (x, checked), x.shape,
-        shared=broadcast_dims, generator=generator, start=start, sharded_dims=sharded_dims,
-    )  # fmt: skip
-    return _alpha_dropout(draw, x, checked)
-
-
-@masks.redrawn
-def _alpha_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
-    kept = masks.keep(draw, x.shape, rate)
-    q = masks.keep_rate(rate)
-    a = jnp.where(q == 0, 0, (jnp.where(q == 0, 1, q) * (1 + (1 - q) * ALPHA_PRIME**2)) ** -0.5)
-    a = jnp.where(masks.valid(rate), a, np.nan)
-    b = -a * ALPHA_PRIME * (1 - q)
-    wide = masks.wide(x)
-    return (jnp.where(kept, x.astype(wide), ALPHA_PRIME) * a.astype(wide) + b.astype(wide)).astype(x.dtype)

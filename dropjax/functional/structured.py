@@ -54,16 +54,9 @@ def spatial_dropout(
     """
     x = _checks.array("spatial_dropout", x)
     checked = _checks.rate("spatial_dropout", rate, x.shape)
-    channel = _checks.dim("spatial_dropout", "channel_axis", channel_axis, x.ndim)
-    batch = _checks.dims("spatial_dropout", "batch_axes", batch_axes, x.ndim)
-    if channel in batch:
-        raise ValueError(
-            f"spatial_dropout: channel_axis must not be one of batch_axes, got {channel_axis} and {batch_axes}. "
-            "For one example without a batch pass batch_axes=()."
-        )
     draw = bits.draw(
         "spatial_dropout", key, (x, checked), x.shape,
-        shared=[d for d in range(x.ndim) if d != channel and d not in batch],
+        shared=_checks.places("spatial_dropout", x.ndim, channel_axis, batch_axes),
         generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip
     return _spatial_dropout(draw, x, checked)
