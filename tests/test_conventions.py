@@ -14,8 +14,9 @@ import dropjax
 import dropjax.linen
 import dropjax.mc
 import dropjax.nnx
-import dropjax.sharding
+import dropjax.schedules
 import dropjax.training
+from dropjax import bits, sharding
 from tests.variants import VARIANTS
 
 PACKAGE = Path(dropjax.__file__).parent
@@ -29,32 +30,21 @@ ORDER = [
     "functional",
     "linen",
     "nnx",
+    "schedules",
     "mc",
     "_checkpoints",
     "training",
 ]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}
-INTERNAL = (
-    "Draw",
-    "draw",
-    "key_words",
-    "words",
-    "threefry_words",
-    "linear_index",
-    "place",
-    "first",
-    "pairs",
-    "options",
-)
+MODULES = [dropjax, dropjax.linen, dropjax.nnx, dropjax.schedules, dropjax.mc, dropjax.training]
 PUBLIC = {
     f"{module.__name__}.{name}": thing
-    for module in [dropjax, dropjax.bits, dropjax.sharding, dropjax.linen, dropjax.nnx, dropjax.mc, dropjax.training]
+    for module in MODULES
     for name, thing in vars(module).items()
     if (inspect.isfunction(thing) or inspect.isclass(thing))
     and name[0] != "_"
     and thing.__module__.startswith("dropjax")
-    and thing.__name__ not in INTERNAL
-}
+} | {f"{f.__module__}.{f.__name__}": f for f in [bits.random_words, bits.threefry2x32, sharding.assert_masks_differ]}
 public = pytest.mark.parametrize("thing", PUBLIC.values(), ids=PUBLIC.keys())
 
 
@@ -90,7 +80,8 @@ def test_importing_dropjax_is_light():
 def test_every_variant_has_a_row_and_the_signature(name):
     assert name in {row.function.__name__ for row in VARIANTS.values()}
     parameters = list(inspect.signature(FUNCTIONS[name]).parameters.values())
-    assert [p.name for p in parameters[:3]] == ["key", "x", "rate"]
+    assert [p.name for p in parameters[:2]] == ["key", "x"]
+    assert parameters[2].name in ("rate", "stddev", "beta")
     assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in parameters[3:])
     assert {"start", "sharded_dims"} <= {p.name for p in parameters}
 

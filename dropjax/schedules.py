@@ -1,0 +1,222 @@
+"""Dropout rates as functions of the step, and rates over the depth of a network.
+
+A schedule is a function from a step, a number or a traced integer, to a rate, a float32 scalar: what optax calls
+a schedule. So optax's own serve as well, and optax's `join_schedules` joins these. A rate that is an array
+never recompiles: compute it inside the jitted step, `dropout(key, x, schedule(step))`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from dropjax import _checks
+
+Schedule = Callable[[ArrayLike], Array]
+"""From a step to a rate, float32 `[]`; the step may be traced."""
+
+
+def constant(rate: float) -> Schedule:
+    """The same rate at every step.
+
+    Args:
+      rate: in `[0, 1]`.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> float(constant(0.5)(100))
+      0.5
+    """
+    _rate("constant", "rate", rate)
+    return lambda step: jnp.full(jnp.shape(step), rate, jnp.float32)
+
+
+def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
+    """From one rate to another on a straight line: start before `begin`, end from `begin + steps` on.
+
+    Args:
+      start: the first rate, in `[0, 1]`.
+      end: the last rate, in `[0, 1]`.
+      steps: how many steps the change takes, at least 1.
+      begin: the step at which it begins.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> [float(linear(0.0, 0.5, 4)(step)) for step in (0, 1, 4, 9)]
+      [0.0, 0.125, 0.5, 0.5]
+    """
+    progress = _progress("linear", start, end, steps, begin)
+    return lambda step: np.float32(start) + np.float32(end - start) * progress(step)
+
+
+def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
+    """From one rate to another on half a cosine, slow at both ends.
+
+    rate = end + (start - end) (1 + cos(π progress)) / 2, with progress from 0 at `begin` to 1 at `begin + steps`.
+
+    Args:
+      start: the first rate, in `[0, 1]`.
+      end: the last rate, in `[0, 1]`.
+      steps: how many steps the change takes, at least 1.
+      begin: the step at which it begins.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> [round(float(cosine(0.5, 0.0, 4)(step)), 4) for step in (0, 2, 4)]
+      [0.5, 0.25, 0.0]
+    """
+    progress = _progress("cosine", start, end, steps, begin)
+
+    def schedule(step: ArrayLike) -> Array:
+        rate = np.float32(end) + np.float32(start - end) * (1 + jnp.cos(np.float32(np.pi) * progress(step))) / 2
+        return jnp.clip(rate, min(start, end), max(start, end))
+
+    return schedule
+
+
+def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
+    """Dropout in the first steps only, which helps networks that underfit.
+
+    Args:
+      rate: in `[0, 1]`.
+      steps: how many steps have dropout, at least 1.
+      decay: whether the rate falls to 0 on a straight line over these steps, instead of at their end.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> [float(early(0.5, 100)(step)) for step in (0, 99, 100)]
+      [0.5, 0.5, 0.0]
+
+    Reference:
+      Liu, Xu, Jin, Shen, Darrell, [Dropout reduces underfitting](https://arxiv.org/abs/2303.01500), 2023.
+    """
+    _rate("early", "rate", rate)
+    _checks.integer("early", "steps", steps, 1)
+    if decay:
+        return linear(rate, 0.0, steps)
+    return lambda step: jnp.where(jnp.asarray(step) < steps, np.float32(rate), np.float32(0))
+
+
+def late(rate: float, steps: int) -> Schedule:
+    """No dropout in the first steps, then a constant rate.
+
+    Args:
+      rate: in `[0, 1]`.
+      steps: how many steps have none, at least 1.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> [float(late(0.5, 100)(step)) for step in (0, 99, 100)]
+      [0.0, 0.0, 0.5]
+
+    Reference:
+      Liu, Xu, Jin, Shen, Darrell, [Dropout reduces underfitting](https://arxiv.org/abs/2303.01500), 2023.
+    """
+    _rate("late", "rate", rate)
+    _checks.integer("late", "steps", steps, 1)
+    return lambda step: jnp.where(jnp.asarray(step) < steps, np.float32(0), np.float32(rate))
+
+
+def curriculum(rate: float, gamma: float) -> Schedule:
+    """From no dropout towards a rate, exponentially: first the easy task, then the noisy one.
+
+    rate(step) = rate (1 - exp(-gamma step)). The paper takes gamma = 10 / (number of steps).
+
+    Args:
+      rate: the rate that is approached, in `[0, 1]`.
+      gamma: speed per step, above 0.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> [round(float(curriculum(0.5, 0.01)(step)), 3) for step in (0, 100, 1000)]
+      [0.0, 0.316, 0.5]
+
+    Reference:
+      Morerio, Cavazza, Volpi, Vidal, Murino, [Curriculum dropout](https://arxiv.org/abs/1703.06229), 2017.
+    """
+    _rate("curriculum", "rate", rate)
+    if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < np.inf:
+        raise ValueError(f"curriculum: gamma must be a number above 0, got {_checks.describe(gamma)}.")
+    return lambda step: np.float32(rate) * -jnp.expm1(np.float32(-gamma) * jnp.asarray(step).astype(jnp.float32))
+
+
+def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> np.ndarray:
+    """The rate of each block of a deep network, from 0 in the first to `rate` in the last.
+
+    Linear: rate l / (L - 1) for block l of L, as timm and torchvision have it; the paper's l / L with l from 1 never
+    reaches 0, and is `depth(rate, L + 1)[1:]`. Stagewise: the same rate in all blocks of a stage, linear over stages.
+
+    Args:
+      rate: of the last block, in `[0, 1]`.
+      blocks: how many there are, or how many each stage has; each at least 1.
+      mode: `"linear"` over all blocks, or `"stagewise"`.
+
+    Returns:
+      float32 `[number of blocks]`, in NumPy: numbers for layers, or an array to scan over.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above.
+
+    Example:
+      >>> depth(0.2, 3).tolist()
+      [0.0, 0.10000000149011612, 0.20000000298023224]
+      >>> depth(0.2, (2, 1), mode="stagewise").tolist()
+      [0.0, 0.0, 0.20000000298023224]
+
+    Reference:
+      Huang, Sun, Liu, Sedra, Weinberger, [Deep networks with stochastic
+      depth](https://arxiv.org/abs/1603.09382), 2016.
+    """
+    _rate("depth", "rate", rate)
+    stages = blocks if isinstance(blocks, Sequence) else (blocks,)
+    sizes = [_checks.integer("depth", "blocks", size, 1) for size in stages]
+    if mode not in ("linear", "stagewise"):
+        raise ValueError(f"depth: mode must be 'linear' or 'stagewise', got {_checks.describe(mode)}.")
+    if mode == "stagewise":
+        return np.repeat(np.linspace(0, rate, len(sizes), dtype=np.float32), sizes)
+    return np.linspace(0, rate, sum(sizes), dtype=np.float32)
+
+
+def _rate(function: str, argument: str, value: float) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{function}: {argument} must be a number, got {_checks.describe(value)}.")
+    _checks.rate(function, value, (), argument=argument)
+
+
+def _progress(function: str, start: float, end: float, steps: int, begin: int) -> Schedule:
+    _rate(function, "start", start)
+    _rate(function, "end", end)
+    length, first = _checks.integer(function, "steps", steps, 1), _checks.integer(function, "begin", begin, 0)
+    return lambda step: jnp.clip((jnp.asarray(step) - first).astype(jnp.float32) / np.float32(length), 0, 1)
