@@ -6,7 +6,7 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -109,6 +109,15 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "
     if number:
         return Fixed(float(value))
     return _broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
+
+
+def whole(function: str, rate: Rate, dims: Sequence[int], what: str) -> None:
+    """A rate that differs within what is dropped as a whole would drop parts of it."""
+    if not isinstance(rate, Fixed) and rate.ndim and any(rate.shape[d] != 1 for d in dims):
+        raise ValueError(
+            f"{function}: rate must be the same in {what}, of length 1 along dimensions {tuple(dims)} of x, got shape "
+            f"{rate.shape}. A rate for each example has shape (batch{', 1' * (rate.ndim - 1)})."
+        )
 
 
 def _in_range(function: str, values: np.ndarray, argument: str, range: str) -> None:

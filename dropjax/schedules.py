@@ -2,7 +2,8 @@
 
 A schedule is a function from a step, a number or a traced integer, to a rate, a float32 scalar: what optax calls
 a schedule. So optax's own serve as well, and optax's `join_schedules` joins these. A rate that is an array
-never recompiles: compute it inside the jitted step, `dropout(key, x, schedule(step))`.
+never recompiles: compute it inside the jitted step, `dropout(key, x, schedule(step))`. Steps are counted in
+float32, to the step up to 2^24.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
       [0.0, 0.125, 0.5, 0.5]
     """
     progress = _progress("linear", start, end, steps, begin)
-    return lambda step: np.float32(start) + np.float32(end - start) * progress(step)
+    low, high = np.float32(min(start, end)), np.float32(max(start, end))
+    return lambda step: jnp.clip(np.float32(start) + np.float32(end - start) * progress(step), low, high)
 
 
 def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
@@ -86,7 +88,7 @@ def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
 
     def schedule(step: ArrayLike) -> Array:
         rate = np.float32(end) + np.float32(start - end) * (1 + jnp.cos(np.float32(np.pi) * progress(step))) / 2
-        return jnp.clip(rate, min(start, end), max(start, end))
+        return jnp.clip(rate, np.float32(min(start, end)), np.float32(max(start, end)))
 
     return schedule
 
@@ -116,7 +118,7 @@ def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     _checks.integer("early", "steps", steps, 1)
     if decay:
         return linear(rate, 0.0, steps)
-    return lambda step: jnp.where(jnp.asarray(step) < steps, np.float32(rate), np.float32(0))
+    return lambda step: jnp.where(_count(step) < steps, np.float32(rate), np.float32(0))
 
 
 def late(rate: float, steps: int) -> Schedule:
@@ -141,7 +143,7 @@ def late(rate: float, steps: int) -> Schedule:
     """
     _rate("late", "rate", rate)
     _checks.integer("late", "steps", steps, 1)
-    return lambda step: jnp.where(jnp.asarray(step) < steps, np.float32(0), np.float32(rate))
+    return lambda step: jnp.where(_count(step) < steps, np.float32(0), np.float32(rate))
 
 
 def curriculum(rate: float, gamma: float) -> Schedule:
@@ -169,14 +171,15 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     _rate("curriculum", "rate", rate)
     if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < np.inf:
         raise ValueError(f"curriculum: gamma must be a number above 0, got {_checks.describe(gamma)}.")
-    return lambda step: np.float32(rate) * -jnp.expm1(np.float32(-gamma) * jnp.asarray(step).astype(jnp.float32))
+    return lambda step: np.float32(rate) * -jnp.expm1(np.float32(-gamma) * _count(step))
 
 
 def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> np.ndarray:
     """The rate of each block of a deep network, from 0 in the first to `rate` in the last.
 
-    Linear: rate l / (L - 1) for block l of L, as timm and torchvision have it; the paper's l / L with l from 1 never
-    reaches 0, and is `depth(rate, L + 1)[1:]`. Stagewise: the same rate in all blocks of a stage, linear over stages.
+    Linear: rate l / (L - 1) for block l of L, counted from 0, as in timm's vision transformers; the paper has
+    (l + 1) / L, which is `depth(rate, L + 1)[1:]`, and torchvision's EfficientNet l / L, `depth(rate, L + 1)[:-1]`.
+    Stagewise: the same rate in all blocks of a stage, linear over stages. One block or stage alone has 0.
 
     Args:
       rate: of the last block, in `[0, 1]`.
@@ -200,7 +203,7 @@ def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> 
       depth](https://arxiv.org/abs/1603.09382), 2016.
     """
     _rate("depth", "rate", rate)
-    stages = blocks if isinstance(blocks, Sequence) else (blocks,)
+    stages = blocks if isinstance(blocks, Sequence | np.ndarray) else (blocks,)
     sizes = [_checks.integer("depth", "blocks", size, 1) for size in stages]
     if mode not in ("linear", "stagewise"):
         raise ValueError(f"depth: mode must be 'linear' or 'stagewise', got {_checks.describe(mode)}.")
@@ -210,7 +213,7 @@ def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> 
 
 
 def _rate(function: str, argument: str, value: float) -> None:
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float | np.number):
         raise TypeError(f"{function}: {argument} must be a number, got {_checks.describe(value)}.")
     _checks.rate(function, value, (), argument=argument)
 
@@ -219,4 +222,9 @@ def _progress(function: str, start: float, end: float, steps: int, begin: int) -
     _rate(function, "start", start)
     _rate(function, "end", end)
     length, first = _checks.integer(function, "steps", steps, 1), _checks.integer(function, "begin", begin, 0)
-    return lambda step: jnp.clip((jnp.asarray(step) - first).astype(jnp.float32) / np.float32(length), 0, 1)
+    return lambda step: jnp.clip((_count(step) - np.float32(first)) / np.float32(length), 0, 1)
+
+
+def _count(step: ArrayLike) -> Array:
+    """The step in float32: a difference of unsigned or narrow integers would wrap."""
+    return jnp.asarray(step, jnp.float32)

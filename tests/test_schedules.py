@@ -51,6 +51,17 @@ def test_a_jitted_step_is_traced_once_and_optax_joins(key):
         np.testing.assert_array_equal(step(i), dropjax.dropout(key, jnp.ones(1000), rate))
 
 
+@pytest.mark.parametrize("schedule", [case[0] for case in CASES.values()], ids=CASES.keys())
+def test_steps_of_all_integer_types(schedule):
+    """A step that is unsigned, as that of nnx.Optimizer, or narrow, does not wrap; nor does a huge one."""
+    for step in (0, 3, 49, 120):
+        expected = schedule(step)
+        for kind in (np.int8, np.uint8, np.int64, np.uint32, jnp.uint32, jnp.int32, np.float32):
+            assert schedule(kind(step)) == expected
+            assert jax.jit(schedule)(kind(step)) == pytest.approx(float(expected), abs=1e-7)
+    assert schedule(2**40) == pytest.approx(float(schedule(10**6)), abs=1e-7)
+
+
 def test_depth():
     np.testing.assert_allclose(schedules.depth(0.2, 12), np.linspace(0, 0.2, 12), rtol=1e-6)
     paper = [0.5 * block / 10 for block in range(1, 11)]  # Huang et al.: p_l = l / L (1 - p_L)
@@ -58,7 +69,10 @@ def test_depth():
     np.testing.assert_allclose(
         schedules.depth(0.3, (2, 1, 3), mode="stagewise"), [0, 0, 0.15, 0.3, 0.3, 0.3], rtol=1e-6
     )
-    np.testing.assert_array_equal(schedules.depth(0.3, (2, 1, 3)), schedules.depth(0.3, 6))
+    np.testing.assert_allclose(
+        schedules.depth(np.float32(0.3), np.array([2, 1, 3])), schedules.depth(0.3, 6), rtol=1e-6
+    )
+    assert float(schedules.constant(schedules.depth(0.2, 3)[2])(0)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

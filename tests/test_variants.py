@@ -97,7 +97,8 @@ def test_traced_rate_equals_number(variant, key, rate):
 @every
 def test_rates_of_all_kinds_agree(variant, key):
     x = inputs()
-    for rate in [np.float32(RATE), np.float64(RATE), np.array(RATE), jnp.float32(RATE), jnp.full(SHAPE, RATE)]:
+    whole = variant.whole_rate or SHAPE
+    for rate in [np.float32(RATE), np.float64(RATE), np.array(RATE), jnp.float32(RATE), jnp.full(whole, RATE)]:
         assert_same(variant, draw(variant, key, x, rate), draw(variant, key, x), x)
 
 
@@ -133,6 +134,8 @@ def test_values_and_gradients_are_finite_at_the_limits(variant, key):
 def test_traced_rate_out_of_range_is_nan(variant, key, rate):
     x = inputs()
     assert jnp.isnan(jax.jit(lambda rate: draw(variant, key, x, rate))(jnp.float32(rate))).all()
+    if variant.whole_rate == (1, 1, 1):
+        return
     per_example = jnp.full((5, 1, 1), 0.5).at[2].set(rate)
     y = jax.jit(lambda rate: draw(variant, key, x, rate))(per_example)
     assert jnp.isnan(y[2]).all()
@@ -242,14 +245,29 @@ def test_growing_any_dimension_keeps_what_was_there(variant, key, dim):
 
 
 @every
-def test_a_rate_per_channel_and_per_example(variant, key):
+def test_a_rate_per_example(variant, key):
     x = inputs()
     rates = jnp.array([0.0, 0.2, 0.4, 0.6, 0.8])
+    if variant.whole_rate == (1, 1, 1):
+        with pytest.raises(ValueError, match="rate must be the same in a branch that is dropped"):
+            draw(variant, key, x, rates[:, None, None])
+        return
     y = draw(variant, key, x, rates[:, None, None])
     for i, rate in enumerate(rates):
         assert_same(variant, y[i], draw(variant, key, x, rate)[i], x[i])
-    per_channel = draw(variant, key, x, jnp.linspace(0, 0.5, 6))
-    assert_same(variant, per_channel[..., 0], x[..., 0], x[..., 0])
+
+
+@every
+def test_a_rate_along_any_dimension_or_an_error_where_it_would_drop_parts(variant, key):
+    x, r = inputs(), inspect.signature(variant.function).parameters
+    for d, length in enumerate(SHAPE):
+        rates = jnp.linspace(0, 0.5, length).reshape([-1 if i == d else 1 for i in range(3)])
+        if (variant.whole_rate or SHAPE)[d] == 1:
+            with pytest.raises(ValueError, match=rf"{list(r)[2]} must be the same in .* got shape \("):
+                draw(variant, key, x, rates)
+        else:
+            first = jnp.take(draw(variant, key, x, rates), 0, d)
+            assert_same(variant, first, jnp.take(draw(variant, key, x, 0.0), 0, d), first)
 
 
 @every
@@ -265,6 +283,6 @@ def test_no_retrace_when_only_the_rate_changes(variant, key):
 def test_symbolic_shapes_export(variant, key):
     (b,) = jax.export.symbolic_shape("b")
     shapes = jax.ShapeDtypeStruct((b, 4, 6), jnp.float32)
-    for rate in [RATE, jnp.full((4, 1), RATE)]:
+    for rate in [RATE, jnp.full((4, 1), RATE) if variant.whole_rate is None else jnp.full((1, 1), RATE)]:
         exported = jax.export.export(jax.jit(lambda x: draw(variant, key, x, rate)))(shapes)  # noqa: B023
         assert_same(variant, exported.call(inputs()), draw(variant, key, inputs()), inputs())

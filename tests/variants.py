@@ -21,6 +21,7 @@ class Variant(NamedTuple):
     exact: bool = True  # values bit-identical in every mode; else within 4 ulp of the largest term
     options: dict[str, Any] = {}  # noqa: RUF012  # rows are constants
     not_for: dict[str, str] = {}  # noqa: RUF012
+    whole_rate: tuple[int, ...] | None = None  # the largest shape of a rate for SHAPE, where less than SHAPE
 
 
 def two_points(high, low, q):
@@ -143,6 +144,7 @@ VARIANTS = {
         spatial_oracle,
         dropout_moments,
         not_for={"scalar": "a channel axis needs a dimension"},
+        whole_rate=(5, 1, 6),
     ),
     "spatial_dropout_channels_first": Variant(
         dropjax.spatial_dropout,
@@ -151,6 +153,7 @@ VARIANTS = {
         dropout_moments,
         options={"channel_axis": 1},
         not_for={"scalar": "a channel axis needs a dimension"},
+        whole_rate=(5, 4, 1),
     ),
     "gaussian_dropout": Variant(
         dropjax.gaussian_dropout,
@@ -182,6 +185,7 @@ VARIANTS = {
             "linear": "what is dropped becomes a constant, not 0",
             "scalar": "a channel axis needs a dimension",
         },
+        whole_rate=(5, 1, 6),
     ),
     "gaussian_noise": Variant(
         dropjax.gaussian_noise,
@@ -211,6 +215,7 @@ VARIANTS = {
         drop_path_oracle,
         dropout_moments,
         not_for={"scalar": "a batch axis needs a dimension"},
+        whole_rate=(5, 1, 1),
     ),
     "drop_path_of_the_batch_without_scale": Variant(
         dropjax.drop_path,
@@ -219,6 +224,7 @@ VARIANTS = {
         unscaled_moments,
         options={"mode": "batch", "scale": False},
         not_for={"scalar": "a batch axis needs a dimension"},
+        whole_rate=(1, 1, 1),
     ),
     "embedding_dropout": Variant(
         dropjax.embedding_dropout,
@@ -226,6 +232,7 @@ VARIANTS = {
         embedding_oracle,
         dropout_moments,
         not_for={"scalar": "a table has a dimension of its vocabulary"},
+        whole_rate=(5, 1, 1),
     ),
     "drop_head": Variant(
         dropjax.drop_head,
@@ -237,5 +244,6 @@ VARIANTS = {
             "scalar": "the heads need a dimension",
             "dim 1": "heads are scaled by how many of all of them are kept",
         },
+        whole_rate=(5, 1, 1),
     ),
 }

@@ -61,6 +61,7 @@ def drop_path(
         raise ValueError(f"drop_path: mode must be one of {MODES}, got {_checks.describe(mode)}.")
     batch = _checks.dim("drop_path", "batch_axis", batch_axis, x.ndim)
     shared = [d for d in range(x.ndim) if mode == "batch" or d != batch]
+    _checks.whole("drop_path", checked, shared, "a branch that is dropped")
     draw = bits.draw("drop_path", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims)
     return _drop_path(draw, x, checked, scale)
 

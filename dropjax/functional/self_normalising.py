@@ -107,9 +107,11 @@ def feature_alpha_dropout(
     """
     x = _checks.array("feature_alpha_dropout", x, real=True)
     checked = _checks.rate("feature_alpha_dropout", rate, x.shape)
+    shared = _checks.places("feature_alpha_dropout", x.ndim, channel_axis, batch_axes)
+    _checks.whole("feature_alpha_dropout", checked, shared, "all places of a channel")
     draw = bits.draw(
         "feature_alpha_dropout", key, (x, checked), x.shape,
-        shared=_checks.places("feature_alpha_dropout", x.ndim, channel_axis, batch_axes),
+        shared=shared,
         generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip
     return _alpha_dropout(draw, x, checked)

@@ -54,9 +54,11 @@ def spatial_dropout(
     """
     x = _checks.array("spatial_dropout", x)
     checked = _checks.rate("spatial_dropout", rate, x.shape)
+    shared = _checks.places("spatial_dropout", x.ndim, channel_axis, batch_axes)
+    _checks.whole("spatial_dropout", checked, shared, "all places of a channel")
     draw = bits.draw(
         "spatial_dropout", key, (x, checked), x.shape,
-        shared=_checks.places("spatial_dropout", x.ndim, channel_axis, batch_axes),
+        shared=shared,
         generator=generator, start=start, sharded_dims=sharded_dims,
     )  # fmt: skip
     return _spatial_dropout(draw, x, checked)

@@ -32,10 +32,12 @@ def embedding_dropout(
     Args:
       key: one JAX key; it is consumed.
       x: float or complex: the table `[vocabulary, ...]`, or with `indices` what was looked up,
-        `[*indices.shape, ...]`.
+        `[*indices.shape, ...]`. Without `indices` the first axis is always the vocabulary's.
       rate: probability of dropping a row, in `[0, 1]`: a number, or a float array that broadcasts against
-        x. It may be traced, and is not differentiated.
-      indices: integers `[...]`, the row of the vocabulary of each embedding in x, not negative.
+        x, a rate for each row of the table; with `indices` one for all. It may be traced, and is not
+        differentiated.
+      indices: integers `[...]`, the row of the vocabulary of each embedding in x: of the whole vocabulary, also
+        where it is cut over devices. Traced ones are not checked to be within it.
       start: `{dim: index}`, where this piece of the table starts; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension. With `indices` the
         place is known, and only copies need a word, `{None: axis name}`.
@@ -63,6 +65,7 @@ def embedding_dropout(
         raise ValueError("embedding_dropout: x must have a dimension of the vocabulary, got a scalar.")
     if indices is None:
         shared = range(1, x.ndim)
+        _checks.whole("embedding_dropout", checked, shared, "a row of the vocabulary")
         draw = bits.draw(
             "embedding_dropout", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims
         )
@@ -74,6 +77,7 @@ def embedding_dropout(
         )
     rows = _checks.indices("embedding_dropout", indices, x.shape)
     table = (1,) * (1 + x.ndim - rows.ndim)
+    _checks.whole("embedding_dropout", checked, range(x.ndim), "all rows of the vocabulary where indices are given")
     draw = bits.draw("embedding_dropout", key, (), table, shared=range(1, len(table)), sharded_dims=sharded_dims or {})
     return _embedding_dropout(draw, x, checked, rows.astype(jnp.uint32))
 
@@ -112,7 +116,7 @@ def drop_head(
       x: float or complex, by default `[batch, heads, queries, keys]`, attention weights, or the heads' outputs
         with the heads in that place.
       rate: probability of dropping a head, in `[0, 1]`: a number, or a float array that broadcasts
-        against x (the same for all heads, where these are cut). It may be traced, and is not differentiated.
+        against x and is the same for all heads of an example. It may be traced, and is not differentiated.
       head_axis: the axis of the heads; -2 for outputs `[batch, length, heads, head_dim]`.
       batch_axes: the axes along which decisions differ besides the head's; `()` for one example.
       start: `{dim: index}`, where this piece starts in the whole array; not along the heads, of which all
@@ -138,12 +142,11 @@ def drop_head(
     checked = _checks.rate("drop_head", rate, x.shape)
     head = _checks.dim("drop_head", "head_axis", head_axis, x.ndim)
     shared = _checks.places("drop_head", x.ndim, head_axis, batch_axes, argument="head_axis")
+    _checks.whole("drop_head", checked, sorted([head, *shared]), "all heads of an example")
     draw = bits.draw("drop_head", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims)
     if any(d % x.ndim == head for d in start or ()):
         raise ValueError(f"drop_head: start must not be along head_axis, since all heads are counted, got {start}.")
     heads = x.shape[head] * (lax.axis_size(draw.cut[head]) if draw.cut[head] else 1)
-    if draw.cut[head] and not isinstance(checked, _checks.Fixed) and checked.ndim and checked.shape[head] != 1:
-        raise ValueError(f"drop_head: rate must be the same for all heads where they are cut, got {checked.shape}.")
     return _drop_head(draw, x, checked, head, heads)
 
 
