@@ -65,7 +65,7 @@ def draw(
             f"{function}: generator must be 'mix' where start or sharded_dims is given, got 'threefry', whose "
             "masks depend on the whole shape."
         )
-    if generator == "threefry" and (jax.config.jax_enable_x64 or not jax.config.jax_threefry_partitionable):  # type: ignore[attr-defined]  # flags are defined at run time
+    if generator == "threefry" and (_flag("jax_enable_x64") or not _flag("jax_threefry_partitionable")):
         raise ValueError(
             f"{function}: generator must be 'mix' under jax_enable_x64 or without jax_threefry_partitionable, got "
             "'threefry', whose masks would not be those of jax.random.bernoulli."
@@ -78,7 +78,7 @@ def key_words(function: str, key: Array, generator: str = "mix") -> Array:
     """Returns the two words, `uint32[2]`, of a checked key of any implementation, and consumes it."""
     typed = _checks.is_typed(key)
     words = jax.random.key_data(key) if typed else key
-    if typed and jax.config.jax_debug_key_reuse:  # type: ignore[attr-defined]  # flags are defined at run time
+    if typed and _flag("jax_debug_key_reuse"):
         words = words + jax.random.bits(key, (1,), jnp.uint32)[:0].sum(dtype=jnp.uint32)  # adds 0, uses the key up
     if words.shape == (2,) and (generator == "mix" or not typed or jax.random.key_impl(key) == "threefry2x32"):
         return words
@@ -88,6 +88,10 @@ def key_words(function: str, key: Array, generator: str = "mix") -> Array:
             "Make one with jax.random.key(0, impl='threefry2x32')."
         )
     return _two_words(words)
+
+
+def _flag(name: str) -> bool:
+    return bool(getattr(jax.config, name))  # defined at run time, which not all type stubs know
 
 
 @jax.jit

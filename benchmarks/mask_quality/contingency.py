@@ -93,7 +93,7 @@ def neighbours(dropped: Masks, rate: float) -> PValues:
             expected = len(groups) * rate**drops * (1 - rate) ** (size - drops)
             statistic, freedom = ((counts - expected) ** 2 / expected).sum(), 2**size - 1
             p = 2 * min(stats.chi2.sf(statistic, freedom), stats.chi2.cdf(statistic, freedom))
-            if expected.min() > 5:
+            if np.min(expected) > 5:
                 result[f"{name} along {direction}"] = float(p)
     return result
 
