@@ -272,8 +272,9 @@ def test_the_checker_sees_pmap_and_layers_and_flax_replaced(key):
             assert_masks_differ(step, x)
 
 
-def test_the_checker_looks_at_values_where_types_have_lost_an_axis(key):
-    """Inside an unchecked region types forget its axis, and a callback's result has none: no other check sees this."""
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="jax 0.10.0 does not compile its axis_index there")
+def test_the_checker_looks_at_values_where_an_unchecked_region_has_lost_an_axis(key):
+    """Inside an unchecked region types forget its axis: no other check sees this."""
     x, spec = jnp.arange(32.0).reshape(8, 4), P(None, "model")
 
     def nested(dims):
@@ -287,6 +288,11 @@ def test_the_checker_looks_at_values_where_types_have_lost_an_axis(key):
     assert_masks_differ(nested({1: "model"}), jnp.ones((8, 4)))  # the same x on all: masks may be the same
     with pytest.raises(AssertionError, match="two shards drew the same mask"):
         assert_masks_differ(nested({1: "model"}), x)
+
+
+def test_the_checker_looks_at_the_values_of_callbacks(key):
+    """Their type does not vary: no other check sees this."""
+    x = jnp.ones((8, 4))
 
     def called_back(x):
         values = jax.pure_callback(
