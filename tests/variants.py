@@ -1,6 +1,6 @@
 """One row per variant: its function, its layers, its theory and an oracle that is not our code.
 
-A property that does not hold for a row stands in `not_for`, with the reason.
+A property that does not hold for a row stands in `not_for`, with the reason. What has no row is in OTHERS.
 """
 
 from collections.abc import Callable
@@ -247,3 +247,9 @@ VARIANTS = {
         whole_rate=(5, 1, 1),
     ),
 }
+
+OTHERS = {
+    "keep_mask": "it draws a mask of a shape, and takes no x",
+    "apply_mask": "it draws nothing, and takes no key",
+}
+"""Exported functions that are not of the form f(key, x, rate, ...): why. Their tests have files of their own."""

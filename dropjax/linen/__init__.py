@@ -1,0 +1,8 @@
+"""The dropout layers for Flax Linen.
+
+`Dropout` takes what `flax.linen.Dropout` takes, in the same order. Every layer also accepts a key at the
+call (`rng=`) and the place of its piece (`start=`).
+"""
+
+from dropjax.linen.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
+from dropjax.linen.replace import replace_flax as replace_flax

@@ -1,0 +1,183 @@
+"""The Linen layers: the fields of each, and the function that it calls.
+
+Every layer but `Dropout`, which has them in Flax's order, takes its `deterministic`, `rng_collection` and
+`sharded_dims` by keyword.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.typing import ArrayLike
+
+from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
+from dropjax.linen.base import Bare, Layer
+from dropjax.sharding import ShardedDims
+
+__all__ = [
+    "AlphaDropout",
+    "DropHead",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "SpatialDropout",
+    "UniformDropout",
+]
+
+
+class Dropout(Bare):
+    """`dropjax.dropout` as a layer, in place of `flax.linen.Dropout`.
+
+    Attributes:
+      rate: probability of dropping an element, in `[0, 1]`; a number or an array, also a traced one.
+      broadcast_dims: dimensions along which the mask is shared.
+      deterministic: if True the inputs are returned as they are; given here or at the call.
+      rng_collection: name of the rng stream.
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+
+    Example:
+      >>> layer = Dropout(0.5)
+      >>> y = layer.apply({}, jnp.ones((2, 3)), deterministic=False, rngs={"dropout": jax.random.key(0)})
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    deterministic: bool | None = None
+    rng_collection: str = "dropout"
+    generator: str = dataclasses.field(default="mix", kw_only=True)
+    sharded_dims: ShardedDims | None = dataclasses.field(default=None, kw_only=True)
+    _function = staticmethod(elementwise.dropout)
+
+
+class GaussianDropout(Layer):
+    """`dropjax.gaussian_dropout` as a layer: multiplicative noise of mean 1.
+
+    Attributes:
+      rate: in `[0, 1)`; the variance of the noise is rate / (1 - rate).
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(elementwise.gaussian_dropout)
+
+
+class AlphaDropout(Layer):
+    """`dropjax.alpha_dropout` as a layer, for networks of SELU units.
+
+    Attributes:
+      rate: probability of dropping an element, in `[0, 1]`.
+      broadcast_dims: dimensions along which the mask is shared.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    generator: str = "mix"
+    _function = staticmethod(self_normalising.alpha_dropout)
+
+
+class SpatialDropout(Layer):
+    """`dropjax.spatial_dropout` as a layer: drops whole channels after a convolution.
+
+    Attributes:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    generator: str = "mix"
+    _function = staticmethod(structured.spatial_dropout)
+
+
+class GaussianNoise(Layer):
+    """`dropjax.gaussian_noise` as a layer: additive noise of mean 0.
+
+    Attributes:
+      stddev: standard deviation of the noise.
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    stddev: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(noise.gaussian_noise)
+
+
+class UniformDropout(Layer):
+    """`dropjax.uniform_dropout` as a layer: uniform multiplicative noise around 1.
+
+    Attributes:
+      beta: half the width of the noise, in `[0, 1]`.
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    beta: ArrayLike
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(noise.uniform_dropout)
+
+
+class FeatureAlphaDropout(Layer):
+    """`dropjax.feature_alpha_dropout` as a layer: alpha dropout of whole channels.
+
+    Attributes:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    generator: str = "mix"
+    _function = staticmethod(self_normalising.feature_alpha_dropout)
+
+
+class DropPath(Layer):
+    """`dropjax.drop_path` as a layer: drops residual branches, which is stochastic depth.
+
+    Attributes:
+      rate: probability of dropping a branch, in `[0, 1]`.
+      mode: `"row"`, a decision for each example, or `"batch"`, one for all.
+      scale: whether what is kept is divided by 1 - rate.
+      batch_axis: the axis of the examples.
+    """
+
+    rate: ArrayLike
+    mode: str = "row"
+    scale: bool = True
+    batch_axis: int = 0
+    _function = staticmethod(depth.drop_path)
+
+
+class EmbeddingDropout(Layer):
+    """`dropjax.embedding_dropout` as a layer: drops whole words; give `indices=` with what was looked up.
+
+    Attributes:
+      rate: probability of dropping a row of the vocabulary, in `[0, 1]`.
+    """
+
+    rate: ArrayLike
+    _function = staticmethod(tokens.embedding_dropout)
+
+
+class DropHead(Layer):
+    """`dropjax.drop_head` as a layer: drops whole attention heads.
+
+    Attributes:
+      rate: probability of dropping a head, in `[0, 1]`.
+      head_axis: the axis of the heads.
+      batch_axes: the axes along which decisions differ besides the head's.
+    """
+
+    rate: ArrayLike
+    head_axis: int = 1
+    batch_axes: int | Sequence[int] = (0,)
+    _function = staticmethod(tokens.drop_head)

@@ -1,0 +1,9 @@
+"""The dropout layers for Flax NNX.
+
+`Dropout` takes what `flax.nnx.Dropout` takes, in the same order. Every layer also accepts a key at the
+call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutable stream, and the place of
+its piece (`start=`).
+"""
+
+from dropjax.nnx.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
+from dropjax.nnx.replace import replace_flax as replace_flax

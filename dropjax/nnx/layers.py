@@ -1,0 +1,196 @@
+"""The NNX layers: the fields of each, and the function that it calls.
+
+Every layer also takes `deterministic`, `rng_collection`, `rngs` and `sharded_dims`, by keyword.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from flax import nnx
+from jax.typing import ArrayLike
+
+from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
+from dropjax.nnx.base import Layer
+
+__all__ = [
+    "AlphaDropout",
+    "DropHead",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "SpatialDropout",
+    "UniformDropout",
+]
+
+
+@nnx.dataclass(eq=False)
+class Dropout(Layer):
+    """`dropjax.dropout` as a layer, in place of `flax.nnx.Dropout`.
+
+    Args:
+      rate: probability of dropping an element, in `[0, 1]`; a number or an array, also a traced one.
+      broadcast_dims: dimensions along which the mask is shared.
+      generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+
+    Example:
+      >>> layer = Dropout(0.5, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.ones((2, 3)))
+      >>> y = jax.jit(lambda key, x: layer(x, rngs=key))(jax.random.key(1), y)
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    generator: str = "mix"
+    _function = staticmethod(elementwise.dropout)
+
+
+@nnx.dataclass(eq=False)
+class GaussianDropout(Layer):
+    """`dropjax.gaussian_dropout` as a layer: multiplicative noise of mean 1.
+
+    Args:
+      rate: in `[0, 1)`; the variance of the noise is rate / (1 - rate).
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(elementwise.gaussian_dropout)
+
+
+@nnx.dataclass(eq=False)
+class AlphaDropout(Layer):
+    """`dropjax.alpha_dropout` as a layer, for networks of SELU units.
+
+    Args:
+      rate: probability of dropping an element, in `[0, 1]`.
+      broadcast_dims: dimensions along which the mask is shared.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    generator: str = "mix"
+    _function = staticmethod(self_normalising.alpha_dropout)
+
+
+@nnx.dataclass(eq=False)
+class SpatialDropout(Layer):
+    """`dropjax.spatial_dropout` as a layer: drops whole channels after a convolution.
+
+    Args:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    generator: str = "mix"
+    _function = staticmethod(structured.spatial_dropout)
+
+
+@nnx.dataclass(eq=False)
+class GaussianNoise(Layer):
+    """`dropjax.gaussian_noise` as a layer: additive noise of mean 0.
+
+    Args:
+      stddev: standard deviation of the noise.
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    stddev: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(noise.gaussian_noise)
+
+
+@nnx.dataclass(eq=False)
+class UniformDropout(Layer):
+    """`dropjax.uniform_dropout` as a layer: uniform multiplicative noise around 1.
+
+    Args:
+      beta: half the width of the noise, in `[0, 1]`.
+      broadcast_dims: dimensions along which the noise is shared.
+    """
+
+    beta: ArrayLike
+    _: dataclasses.KW_ONLY
+    broadcast_dims: Sequence[int] = ()
+    _function = staticmethod(noise.uniform_dropout)
+
+
+@nnx.dataclass(eq=False)
+class FeatureAlphaDropout(Layer):
+    """`dropjax.feature_alpha_dropout` as a layer: alpha dropout of whole channels.
+
+    Args:
+      rate: probability of dropping a channel, in `[0, 1]`.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes along which decisions differ besides the channel's.
+      generator: `"mix"` or `"threefry"`.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    generator: str = "mix"
+    _function = staticmethod(self_normalising.feature_alpha_dropout)
+
+
+@nnx.dataclass(eq=False)
+class DropPath(Layer):
+    """`dropjax.drop_path` as a layer: drops residual branches, which is stochastic depth.
+
+    Args:
+      rate: probability of dropping a branch, in `[0, 1]`.
+      mode: `"row"`, a decision for each example, or `"batch"`, one for all.
+      scale: whether what is kept is divided by 1 - rate.
+      batch_axis: the axis of the examples.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    mode: str = "row"
+    scale: bool = True
+    batch_axis: int = 0
+    _function = staticmethod(depth.drop_path)
+
+
+@nnx.dataclass(eq=False)
+class EmbeddingDropout(Layer):
+    """`dropjax.embedding_dropout` as a layer: drops whole words; give `indices=` with what was looked up.
+
+    Args:
+      rate: probability of dropping a row of the vocabulary, in `[0, 1]`.
+    """
+
+    rate: ArrayLike
+    _function = staticmethod(tokens.embedding_dropout)
+
+
+@nnx.dataclass(eq=False)
+class DropHead(Layer):
+    """`dropjax.drop_head` as a layer: drops whole attention heads.
+
+    Args:
+      rate: probability of dropping a head, in `[0, 1]`.
+      head_axis: the axis of the heads.
+      batch_axes: the axes along which decisions differ besides the head's.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    head_axis: int = 1
+    batch_axes: int | Sequence[int] = (0,)
+    _function = staticmethod(tokens.drop_head)
