@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -38,11 +39,31 @@ def blocks(page, language):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """The blocks of a page run in order, in one namespace; `>>>` blocks are doctests."""
+    """The blocks of a page run in order, in one namespace, then the cells of a column named code."""
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks(page, "python"):
+    for block in blocks(page, "python") + code_column(page):
         exec(compile(block, page.name, "exec"), namespace)
+
+
+def code_column(page):
+    """The cells in backticks of the columns that are called code."""
+    found, column = [], None
+    for line in page.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if not cells:
+            column = None
+        elif column is None:
+            column = cells.index("code") if "code" in cells else -1
+        elif column >= 0 and cells[0].startswith("`"):
+            found.append(cells[column].strip("`"))
+    return found
+
+
+def test_every_variant_has_a_row_with_code():
+    code = code_column(ROOT / "docs" / "variants.md")
+    called = {cell.partition("(")[0] for cell in code}
+    assert {n for n, f in vars(dropjax).items() if inspect.isfunction(f)} - {"keep_mask", "apply_mask"} <= called
 
 
 def test_the_first_shell_block_holds_two_commands():
