@@ -223,7 +223,7 @@ VARIANTS = {
         drop_path_oracle,
         unscaled_moments,
         options={"mode": "batch", "scale": False},
-        not_for={"scalar": "a batch axis needs a dimension"},
+        not_for={"scalar": "a batch axis needs a dimension", "scale": "without scale what is kept is not divided"},
         whole_rate=(1, 1, 1),
     ),
     "embedding_dropout": Variant(
