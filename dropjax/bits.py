@@ -182,17 +182,33 @@ def _words_of(draw: Draw, shape: tuple[int, ...]) -> Array:
 def words(draw: Draw, shape: tuple[int, ...]) -> Array:
     """The contract's words, uint32, of length 1 along the shared dimensions."""
     *leading, column = _coordinates(draw, shape) or [jnp.uint32(0)]
-    rows: list[ArrayLike] = [*leading, *[np.uint32(0)] * (len(leading) % 2 or 2 * (not leading))]
     k0, k1 = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
-    a, b = k0, k1
-    for i, j in zip(rows[::2], rows[1::2], strict=True):
-        a, b = threefry2x32(a, b, i, j)
+    a, b = _row_words(k0, k1, leading)
     c, d = _column_words(k0, k1, column)
     if c.size != 1 and column.shape[-1] >= _NARROW:
         a, b = _apart(a, b)
     if a.size != 1:
         c, d = _apart(c, d)
     return _mix(a, b, c, d)
+
+
+def words_at(draw: Draw, *coordinates: ArrayLike) -> Array:
+    """The contract's words at named places, uint32: one index along each dimension, which broadcast.
+
+    The place of the piece does not enter. It is `words` where an element is known by what it is, a row of a
+    vocabulary or an edge between two nodes, and not by where it lies.
+    """
+    *leading, column = (jnp.asarray(index).astype(jnp.uint32) for index in coordinates)
+    k0, k1 = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
+    return _mix(*_row_words(k0, k1, leading), *_column_words(k0, k1, column))
+
+
+def _row_words(k0: Array, k1: Array, leading: Sequence[Array]) -> tuple[Array, Array]:
+    """The words of each row, from its indices in pairs."""
+    rows: list[ArrayLike] = [*leading, *[np.uint32(0)] * (len(leading) % 2 or 2 * (not leading))]
+    for i, j in zip(rows[::2], rows[1::2], strict=True):
+        k0, k1 = threefry2x32(k0, k1, i, j)
+    return k0, k1
 
 
 def _column_words(k0: Array, k1: Array, column: Array) -> tuple[Array, Array]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -86,13 +85,8 @@ def embedding_dropout(
 def _embedding_dropout(draw: bits.Draw, x: Array, rate: Rate, rows: Array | None) -> Array:
     if rows is None:
         return masks.apply(x, masks.keep(draw, x.shape, rate), rate)
-
-    def word(row: Array) -> Array:
-        place = (row, *draw.origin[1:])
-        return bits.words(dataclasses.replace(draw, origin=place), (1,) * len(place)).reshape(())
-
-    words = jax.vmap(word)(rows.ravel()).reshape(rows.shape + (1,) * (x.ndim - rows.ndim))
-    return masks.apply(x, masks.above(words, rate), rate)
+    words = bits.words_at(draw, rows, *[np.uint32(0)] * (len(draw.origin) - 1))
+    return masks.apply(x, masks.above(words.reshape(rows.shape + (1,) * (x.ndim - rows.ndim)), rate), rate)
 
 
 def drop_head(
