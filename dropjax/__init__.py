@@ -4,9 +4,14 @@ The functions are here; the layers are in `dropjax.linen` and `dropjax.nnx`, Mon
 `dropjax.mc`, the training loop in `dropjax.training`.
 """
 
+from dropjax.functional.adaptive import standout as standout
+from dropjax.functional.adaptive import standout_expectation as standout_expectation
 from dropjax.functional.depth import drop_path as drop_path
 from dropjax.functional.elementwise import dropout as dropout
 from dropjax.functional.elementwise import gaussian_dropout as gaussian_dropout
+from dropjax.functional.graphs import drop_edge as drop_edge
+from dropjax.functional.graphs import drop_node as drop_node
+from dropjax.functional.graphs import mask_feature as mask_feature
 from dropjax.functional.noise import gaussian_noise as gaussian_noise
 from dropjax.functional.noise import uniform_dropout as uniform_dropout
 from dropjax.functional.self_normalising import alpha_dropout as alpha_dropout

@@ -84,7 +84,7 @@ def mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Returns a boolean mask that broadcasts against an array of `shape`."""
     if not is_array(mask) or mask.dtype != jnp.bool_:
         raise TypeError(f"{function}: mask must be a boolean array (True = kept), got {describe(mask)}.")
-    return _broadcasts(function, "mask", jnp.asarray(mask), shape)
+    return broadcasts(function, "mask", jnp.asarray(mask), shape)
 
 
 def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "rate", range: str = "[0, 1]") -> Rate:
@@ -108,7 +108,7 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "
         _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
     if number:
         return Fixed(float(value))
-    return _broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
+    return broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
 
 
 def whole(function: str, rate: Rate, dims: Sequence[int], what: str) -> None:
@@ -131,7 +131,7 @@ def _in_range(function: str, values: np.ndarray, argument: str, range: str) -> N
         raise ValueError(f"{function}: {argument} must be in {range}, got {wrong}.{hint}")
 
 
-def _broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...]) -> Array:
+def broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...]) -> Array:
     """Returns the value, if it broadcasts against `shape`, with that rank."""
     try:
         good = jnp.broadcast_shapes(value.shape, shape) == tuple(shape)

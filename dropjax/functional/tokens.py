@@ -247,6 +247,8 @@ def _length(rate: Any, num_keep: Any, tokens: int) -> int:
         if keep > tokens:
             raise ValueError(f"token_dropout: num_keep must be at most {tokens}, the number of tokens, got {keep}.")
         return keep
+    if _checks.is_array(rate) and rate.ndim:
+        raise ValueError(f"token_dropout: rate must be one number, got shape {rate.shape}.")
     checked = _checks.rate("token_dropout", rate, ())
     value = checked.value if isinstance(checked, _checks.Fixed) else checked
     if _checks.is_traced(value):
