@@ -16,10 +16,10 @@ from dropjax.functional.noise import gaussian_noise as gaussian_noise
 from dropjax.functional.noise import uniform_dropout as uniform_dropout
 from dropjax.functional.self_normalising import alpha_dropout as alpha_dropout
 from dropjax.functional.self_normalising import feature_alpha_dropout as feature_alpha_dropout
+from dropjax.functional.sequences import token_dropout as token_dropout
 from dropjax.functional.structured import spatial_dropout as spatial_dropout
 from dropjax.functional.tokens import drop_head as drop_head
 from dropjax.functional.tokens import embedding_dropout as embedding_dropout
-from dropjax.functional.tokens import token_dropout as token_dropout
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from scipy import special
 
 import dropjax
+import dropjax.linen
+import dropjax.nnx
 from dropjax.functional import adaptive
 from tests import oracle
 from tests.test_errors import KEY, raises
@@ -144,3 +147,24 @@ def test_errors(function):
     raises(TypeError, "beta must be a number or a float array, got True (bool).", function, X, X, beta=True)
     raises(ValueError, "logits must broadcast against the shape (8, 6) of x, got shape (5,).", function, X, np.ones(5))
     raises(ValueError, "beta must broadcast against the shape (6,) of x", function, X[0], 0.0, beta=X)
+
+
+def test_layers(key):
+    expected = dropjax.standout(key, X, LOGITS, **AFFINE)
+    one, two = dropjax.linen.Standout(**AFFINE), dropjax.nnx.Standout(**AFFINE)
+    for found in [one.apply({}, X, LOGITS, False, key), two(X, LOGITS, rngs=key)]:
+        np.testing.assert_array_equal(found, expected)
+    for found in [
+        one.apply({}, X[5:], LOGITS[5:], False, key, start={0: 5}),
+        two(X[5:], LOGITS[5:], rngs=key, start={0: 5}),
+    ]:
+        np.testing.assert_array_equal(found, expected[5:])
+    mean = dropjax.standout_expectation(X, LOGITS, **AFFINE)
+    for found in [one.apply({}, X, LOGITS, True), two(X, LOGITS, deterministic=True)]:
+        np.testing.assert_array_equal(found, mean)
+    model = dropjax.nnx.Standout(0.0, rngs=nnx.Rngs(0))
+    assert {*np.unique(model(jnp.ones(64), 0.0))} == {0, 1}  # a logit or an alpha of 0 is no rate of 0
+    np.testing.assert_array_equal(nnx.view(model, deterministic=True)(jnp.ones(3), 0.0), [0.5] * 3)
+    drawn = dropjax.linen.Standout(0.0).apply({}, jnp.ones(64), 0, deterministic=False, rngs={"dropout": key})
+    assert {*np.unique(drawn)} == {0, 1}
+    assert hash(one) == hash(dropjax.linen.Standout(**AFFINE))

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import dropjax
+import dropjax.linen
+import dropjax.nnx
 from dropjax import bits
 from tests import oracle
 from tests.test_errors import KEY, raises
@@ -203,3 +206,28 @@ def test_errors():
         )  # fmt: skip
         with pytest.raises(ValueError, match=message):
             drop(X)
+
+
+def test_layers(key):
+    options = {"num_prefix_tokens": 1, "ordered": False}
+    expected = dropjax.token_dropout(key, X, num_keep=2, **options)
+    one = dropjax.linen.TokenDropout(num_keep=2, **options)
+    two = dropjax.nnx.TokenDropout(num_keep=2, **options)
+    for found in [one.apply({}, X, False, key), two(X, rngs=key), jax.jit(lambda k: two(X, rngs=k))(key)]:
+        assert all((f == e).all() for f, e in zip(found, expected, strict=True))
+    second = dropjax.token_dropout(key, X[2:], num_keep=2, start={0: 2}, **options)
+    for found in [one.apply({}, X[2:], False, key, start={0: 2}), two(X[2:], rngs=key, start={0: 2})]:
+        np.testing.assert_array_equal(found.indices, second.indices)
+        np.testing.assert_array_equal(found.indices, expected.indices[2:])
+    drawn = dropjax.nnx.TokenDropout(0.5, rngs=nnx.Rngs(0))(X)
+    assert drawn.tokens.shape == (4, 3, 3)
+    assert dropjax.linen.TokenDropout(0.5).apply({}, X, False, rngs={"dropout": key}).tokens.shape == (4, 3, 3)
+    for whole in [one.apply({}, X, True), two(X, deterministic=True), dropjax.nnx.TokenDropout(0.0)(X, rngs=key)]:
+        np.testing.assert_array_equal(whole.tokens, X)
+        np.testing.assert_array_equal(whole.indices, np.tile(np.arange(7), (4, 1)))
+    first = dropjax.linen.TokenDropout(0.5, token_axis=0, batch_axes=(1, 2), deterministic=True).apply({}, X)
+    np.testing.assert_array_equal(first.indices, np.broadcast_to(np.arange(4), (7, 3, 4)))
+    assert hash(one) == hash(dropjax.linen.TokenDropout(num_keep=2, **options))
+    for layer in [dropjax.linen.TokenDropout(0.0, 3).bind({}), dropjax.nnx.TokenDropout(0.0, num_keep=3)]:
+        with pytest.raises(ValueError, match=r"token_dropout: one of rate and num_keep must be given, got 0.0 and 3"):
+            layer(X, deterministic=True)

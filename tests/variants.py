@@ -112,6 +112,11 @@ def embedding_oracle(words, x, rate, options):
     return np.where(table[np.asarray(rows)], x * oracle.scale(rate), np.float32(0))
 
 
+def mask_feature_oracle(words, x, rate, options):
+    """PyG's formula for rows: masked features are filled with 0, the others stay."""
+    return np.where(oracle.keep(words, x.shape, rate, tuple(range(1, x.ndim))), x, np.float32(0))
+
+
 def drop_head_oracle(words, x, rate, options):
     """The paper's formula: the number of heads over the number of those that are kept."""
     kept = oracle.keep(words, x.shape, rate, (2,))
@@ -234,6 +239,18 @@ VARIANTS = {
         not_for={"scalar": "a table has a dimension of its vocabulary"},
         whole_rate=(5, 1, 1),
     ),
+    "mask_feature": Variant(
+        dropjax.mask_feature,
+        "MaskFeature",
+        mask_feature_oracle,
+        unscaled_moments,
+        not_for={
+            "scalar": "features or nodes need a dimension",
+            "scale": "masked features are not made up for",
+        },
+        options={"mode": "row"},
+        whole_rate=(5, 1, 1),
+    ),
     "drop_head": Variant(
         dropjax.drop_head,
         "DropHead",
@@ -251,5 +268,10 @@ VARIANTS = {
 OTHERS = {
     "keep_mask": "it draws a mask of a shape, and takes no x",
     "apply_mask": "it draws nothing, and takes no key",
+    "token_dropout": "its rate makes a length, may be left out for num_keep, and the result is shorter than x",
+    "standout": "it takes a logit for each element in the place of a rate",
+    "standout_expectation": "it draws nothing, and takes no key",
+    "drop_edge": "it takes the nodes of edges, integers, and gives a mask",
+    "drop_node": "it takes the nodes of edges, integers, and gives masks",
 }
 """Exported functions that are not of the form f(key, x, rate, ...): why. Their tests have files of their own."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from jax.typing import ArrayLike
 
-from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
+from dropjax.functional import depth, elementwise, graphs, noise, self_normalising, structured, tokens
 from dropjax.linen.base import Bare, Layer
 from dropjax.sharding import ShardedDims
 
@@ -22,6 +22,7 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "GaussianNoise",
+    "MaskFeature",
     "SpatialDropout",
     "UniformDropout",
 ]
@@ -166,6 +167,23 @@ class EmbeddingDropout(Layer):
 
     rate: ArrayLike
     _function = staticmethod(tokens.embedding_dropout)
+
+
+class MaskFeature(Layer):
+    """`dropjax.mask_feature` as a layer: masks columns, rows or single features of nodes.
+
+    Attributes:
+      rate: probability of masking, in `[0, 1]`.
+      mode: `"col"`, `"row"` or `"all"`.
+      fill_value: what masked features become.
+      scale: whether what is kept is divided by 1 - rate.
+    """
+
+    rate: ArrayLike
+    mode: str = "col"
+    fill_value: float = 0.0
+    scale: bool = False
+    _function = staticmethod(graphs.mask_feature)
 
 
 class DropHead(Layer):

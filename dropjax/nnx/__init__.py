@@ -5,5 +5,7 @@ call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutab
 its piece (`start=`).
 """
 
+from dropjax.nnx.calls import Standout as Standout
+from dropjax.nnx.calls import TokenDropout as TokenDropout
 from dropjax.nnx.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.replace import replace_flax as replace_flax

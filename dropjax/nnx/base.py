@@ -83,14 +83,18 @@ class Layer(nnx.Module):
         rate = getattr(self, name)
         if deterministic or (deterministic is not None and isinstance(rate, int | float) and rate == 0):
             return inputs  # type: ignore[return-value]  # what came in goes out
+        key = self._key(inputs, deterministic, rngs)
+        fields = {name: getattr(self, name) for name in options}
+        return self._function(key, inputs, rate, start=start, **place, **fields)
+
+    def _key(self, inputs: ArrayLike, deterministic: bool | None, rngs: Any) -> Array:
+        """The key of this call, from what was given at the call or from the layer's own stream."""
         source = self.rngs if rngs is None else rngs
         if deterministic is None or not isinstance(source, nnx.Rngs | nnx.RngStream | Array):
             return FlaxDropout(0.5, deterministic=deterministic)(inputs, rngs=source)  # raises Flax's own error
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
-        key = source() if isinstance(source, nnx.RngStream) else source
-        fields = {name: getattr(self, name) for name in options}
-        return self._function(key, inputs, rate, start=start, **place, **fields)
+        return source() if isinstance(source, nnx.RngStream) else source
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Class method used by `nnx.view`.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from flax import nnx
 from jax.typing import ArrayLike
 
-from dropjax.functional import depth, elementwise, noise, self_normalising, structured, tokens
+from dropjax.functional import depth, elementwise, graphs, noise, self_normalising, structured, tokens
 from dropjax.nnx.base import Layer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "GaussianNoise",
+    "MaskFeature",
     "SpatialDropout",
     "UniformDropout",
 ]
@@ -177,6 +178,25 @@ class EmbeddingDropout(Layer):
 
     rate: ArrayLike
     _function = staticmethod(tokens.embedding_dropout)
+
+
+@nnx.dataclass(eq=False)
+class MaskFeature(Layer):
+    """`dropjax.mask_feature` as a layer: masks columns, rows or single features of nodes.
+
+    Args:
+      rate: probability of masking, in `[0, 1]`.
+      mode: `"col"`, `"row"` or `"all"`.
+      fill_value: what masked features become.
+      scale: whether what is kept is divided by 1 - rate.
+    """
+
+    rate: ArrayLike
+    _: dataclasses.KW_ONLY
+    mode: str = "col"
+    fill_value: float = 0.0
+    scale: bool = False
+    _function = staticmethod(graphs.mask_feature)
 
 
 @nnx.dataclass(eq=False)
