@@ -95,7 +95,7 @@ def test_monte_carlo(function):
             "probabilities must be in [0, 1], got others. For logits",
         ),
         (np.full((3, 2), np.nan), np.zeros(3, int), ValueError, "probabilities must be in [0, 1], got others."),
-        (np.ones((3, 2)), np.full(3, 7), ValueError, "labels must be in [0, 2), got others."),
+        (np.ones((3, 2)), np.full(3, 7), ValueError, "labels must be in [0, 2), got 7."),
     ],
 )
 def test_calibration(function, probabilities, labels, kind, message):

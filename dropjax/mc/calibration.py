@@ -1,12 +1,19 @@
 """How far confidence can be trusted."""
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _checks
+from dropjax.mc import _inputs
+
+Binning = Literal["equal_width", "equal_mass"]
+Norm = Literal["l1", "l2", "max"]
 
 
 class Reliability(NamedTuple):
@@ -20,18 +27,23 @@ class Reliability(NamedTuple):
     """How many there are, int32."""
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Reliability:
-    """Bins predictions by confidence, the highest class probability, into bins of equal width.
+def reliability(
+    probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15, binning: Binning = "equal_width"
+) -> Reliability:
+    """Bins predictions by confidence, the highest class probability.
 
-    Bin b holds the confidences in (b / bins, (b + 1) / bins].
+    Of equal width, bin b holds the confidences in (b / bins, (b + 1) / bins]. Of equal mass, it holds those
+    of rank b n / bins up to (b + 1) n / bins; equal confidences have the lowest of their ranks and stay together,
+    so that the order of the examples does not matter.
 
     Args:
       probabilities: float `[n, classes]`.
       labels: int `[n]`, the true classes.
-      num_bins: number of bins over [0, 1].
+      num_bins: number of bins.
+      binning: `"equal_width"` over [0, 1], or `"equal_mass"`.
 
     Returns:
-      `Reliability`.
+      `Reliability`; NaN where traced probabilities or labels are out of range.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
@@ -42,50 +54,40 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 
 
     Reference:
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
-      networks](https://arxiv.org/abs/1706.04599), 2017.
+      networks](https://arxiv.org/abs/1706.04599), 2017; for equal mass Nguyen, O'Connor, [Posterior calibration and
+      exploratory analysis](https://arxiv.org/abs/1508.05154), 2015.
     """
-    return _reliability("reliability", probabilities, labels, num_bins)
+    num_bins = _check("reliability", num_bins, binning)
+    p, y = _inputs.classes("reliability", probabilities, labels)
+    return _reliability(p, y, num_bins, binning)
 
 
-def _reliability(function: str, probabilities: ArrayLike, labels: ArrayLike, num_bins: int) -> Reliability:
-    probabilities, labels = jnp.asarray(probabilities), jnp.asarray(labels)
-    num_bins = _checks.integer(function, "num_bins", num_bins, 1)
-    got = f"got {_checks.describe(probabilities)} and {_checks.describe(labels)}."
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
-        raise ValueError(
-            f"{function}: probabilities and labels must be of shapes [n, classes] and [n], {got} "
-            "For one-hot labels pass their argmax."
-        )
-    if not jnp.issubdtype(probabilities.dtype, jnp.floating) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{function}: probabilities must be floats and labels integers, {got}")
-    if not _checks.is_traced(probabilities) and not bool(((probabilities >= 0) & (probabilities <= 1.001)).all()):
-        raise ValueError(f"{function}: probabilities must be in [0, 1], got others. For logits pass their softmax.")
-    if not _checks.is_traced(labels) and not bool(((labels >= 0) & (labels < probabilities.shape[1])).all()):
-        raise ValueError(f"{function}: labels must be in [0, {probabilities.shape[1]}), got others.")
-    confidence, right = probabilities.astype(jnp.float32).max(-1), probabilities.argmax(-1) == labels
-    bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
-    counts = jnp.zeros(num_bins, jnp.int32)
-    size, hits = counts.at[bins].add(1), counts.at[bins].add(right.astype(jnp.int32))
-    # sums of blocks first: a float32 sum of ones would stop growing at 2^24
-    block = jnp.arange(len(bins)) // 4096
-    total = jnp.zeros((len(bins) // 4096 + 1, num_bins), jnp.float32).at[block, bins].add(confidence).sum(0)
-    in_bin = jnp.maximum(size, 1).astype(jnp.float32)
-    empty = jnp.where(size > 0, 0, jnp.nan)
-    return Reliability(total / in_bin + empty, hits.astype(jnp.float32) / in_bin + empty, size)
-
-
-def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15) -> Array:
+def calibration_error(
+    probabilities: ArrayLike,
+    labels: ArrayLike,
+    *,
+    num_bins: int = 15,
+    binning: Binning = "equal_width",
+    classwise: bool = False,
+    norm: Norm = "l1",
+) -> Array:
     """Expected calibration error: the mean gap between confidence and accuracy.
 
-    ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over bins of equal width.
+    ECE = sum_b (n_b / n) |accuracy_b - confidence_b|. With `classwise` each class counts, and not only the most
+    probable one: the probability of class k is the confidence that k is true, and the errors of the classes are
+    averaged (the static calibration error; of equal mass, the adaptive one). Few examples in a bin
+    make it too large, also where the predictions are calibrated.
 
     Args:
       probabilities: float `[n, classes]`.
       labels: int `[n]`, the true classes.
-      num_bins: number of bins over [0, 1].
+      num_bins: number of bins.
+      binning: `"equal_width"` over [0, 1], or `"equal_mass"`, see `reliability`.
+      classwise: whether to bin the probability of every class.
+      norm: `"l1"`, the mean gap; `"l2"`, the root of the mean squared gap; `"max"`, the largest gap of a bin.
 
     Returns:
-      float32 scalar in `[0, 1]`.
+      float32 scalar in `[0, 1]`; NaN where traced probabilities or labels are out of range.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
@@ -96,8 +98,58 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike, *, num_bins: 
 
     Reference:
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
-      networks](https://arxiv.org/abs/1706.04599), 2017.
+      networks](https://arxiv.org/abs/1706.04599), 2017; Nixon and others, [Measuring calibration in deep
+      learning](https://arxiv.org/abs/1904.01685), 2019 (classwise, equal mass); Kumar, Liang, Ma, [Verified
+      uncertainty calibration](https://arxiv.org/abs/1909.10155), 2019 (l2).
     """
-    bins = _reliability("calibration_error", probabilities, labels, num_bins)
-    share = bins.size.astype(jnp.float32) / jnp.float32(bins.size.sum())
-    return jnp.where(bins.size > 0, jnp.abs(bins.accuracy - bins.confidence) * share, 0).sum()
+    num_bins = _check("calibration_error", num_bins, binning)
+    _inputs.choice("calibration_error", "norm", norm, ("l1", "l2", "max"))
+    p, y = _inputs.classes("calibration_error", probabilities, labels)
+    return _error(p, y, num_bins, binning, bool(classwise), norm)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _reliability(p: Array, labels: Array, num_bins: int, binning: str) -> Reliability:
+    p = _inputs.clean(p, labels)
+    return _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool, norm: str) -> Array:
+    p = _inputs.clean(p, labels)
+    if classwise:
+        right = labels[:, None] == jnp.arange(p.shape[1])[None]
+        bins = jax.vmap(lambda p, right: _binned(p, right, num_bins, binning), in_axes=1)(p, right)
+    else:
+        bins = _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
+    share = bins.size.astype(jnp.float32) / bins.size.sum().astype(jnp.float32)
+    gap = jnp.where(bins.size > 0, jnp.abs(bins.accuracy - bins.confidence), 0)
+    if norm == "max":
+        return gap.max()
+    if norm == "l1":
+        return (share * gap).sum()
+    square = (share * gap**2).sum()
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))  # whose gradient is finite at 0
+
+
+def _check(function: str, num_bins: int, binning: str) -> int:
+    _inputs.choice(function, "binning", binning, ("equal_width", "equal_mass"))
+    return _checks.integer(function, "num_bins", num_bins, 1)
+
+
+def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Reliability:
+    confidence, n = confidence.astype(jnp.float32), len(confidence)
+    if binning == "equal_width":
+        bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+    else:
+        ranks = jnp.searchsorted(jnp.sort(confidence), confidence)
+        first = [-(-b * n // num_bins) for b in range(1, num_bins)]
+        bins = jnp.searchsorted(jnp.asarray(np.array(first, np.int32)), ranks.astype(jnp.int32), side="right")
+    counts = jnp.zeros(num_bins, jnp.int32)
+    size, hits = counts.at[bins].add(1), counts.at[bins].add(right.astype(jnp.int32))
+    # sums of blocks first: a float32 sum of ones would stop growing at 2^24
+    block = jnp.arange(n) // 4096
+    total = jnp.zeros((n // 4096 + 1, num_bins), jnp.float32).at[block, bins].add(confidence).sum(0)
+    in_bin = jnp.maximum(size, 1).astype(jnp.float32)
+    empty = jnp.where(size > 0, 0, jnp.nan)
+    return Reliability(total / in_bin + empty, hits.astype(jnp.float32) / in_bin + empty, size)

@@ -1,0 +1,140 @@
+"""One number that makes a classifier as sure as it may be."""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from dropjax import _checks
+from dropjax.mc import _inputs, scores
+
+_GRID = 65  # of log temperatures, for samples, whose likelihood may have several maxima
+_HALVINGS = 45
+
+
+class FittedTemperature(NamedTuple):
+    """A temperature, and whether it may be used without a second thought."""
+
+    temperature: Array
+    """float32 scalar: above 1 where the classifier was too sure, below 1 where it was not sure enough."""
+    at_bound: Array
+    """Whether it is one of `bounds`, because the likelihood has no maximum between them; bool."""
+
+
+def fit_temperature(
+    logits: ArrayLike, labels: ArrayLike, *, bounds: tuple[float, float] = (0.01, 100.0)
+) -> FittedTemperature:
+    """Finds the temperature whose softmax(logits / temperature) gives held-out labels the highest likelihood.
+
+    The negative log likelihood is convex in 1 / temperature, so bisection on its derivative finds the minimum. For
+    samples it is that of the mean over samples, mean_t softmax(logits_t / temperature), which need not be
+    convex: the best of a grid of temperatures is refined. Fit it on examples that trained nothing. Where all
+    labels have the highest logit the best temperature is 0, and where the logits tell nothing it is infinite: the
+    bound is returned, `at_bound` is True and, outside jit, there is a warning.
+
+    Args:
+      logits: float `[n, classes]`, or those of T samples, `[T, n, classes]`. For mean probabilities pass their log.
+      labels: int `[n]`, the true classes.
+      bounds: the lowest and the highest temperature to return.
+
+    Returns:
+      `FittedTemperature`; NaN where logits are NaN, or a traced label is out of range or has probability 0.
+
+    Raises:
+      TypeError, ValueError: if shapes, dtypes or bounds do not fit, or known labels are out of range or impossible.
+
+    Example:
+      >>> logits = jnp.array([[4.0, 0.0]] * 4)  # sure to 98 %, right in 3 of 4: 4 / log 3
+      >>> fit_temperature(logits, jnp.array([0, 0, 0, 1])).temperature.round(2)
+      Array(3.64, dtype=float32)
+
+    Reference:
+      Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
+      networks](https://arxiv.org/abs/1706.04599), 2017.
+    """
+    z, labels = scores.check_logits("fit_temperature", logits, labels)
+    low, high = bounds
+    if not 0 < low < high < float("inf"):
+        raise ValueError(f"fit_temperature: bounds must be two numbers, 0 < low < high, got {bounds}.")
+    log_bounds = jnp.log(jnp.array([low, high], z.dtype))
+    temperature, at_bound, impossible = _fit(z, labels, log_bounds)
+    if _inputs.is_known(impossible) and bool(impossible):
+        raise ValueError(
+            "fit_temperature: labels must have a logit above -inf, got -inf at one of them: no temperature gives it a "
+            "probability above 0. If these are logs of probabilities, compute them as jax.nn.log_softmax."
+        )
+    if _inputs.is_known(at_bound) and bool(at_bound):
+        warnings.warn(
+            f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and {float(temperature):g} is one of "
+            "them: either all labels have the highest logit (then take more examples), or the logits tell nothing.",
+            stacklevel=2,
+        )
+    return FittedTemperature(temperature, at_bound)
+
+
+@jax.jit
+def _fit(logits: Array, labels: Array, bounds: Array) -> tuple[Array, Array, Array]:
+    logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
+    never = jnp.isneginf(logits)  # -inf stays so at any temperature, and its derivative is 0
+    finite = jnp.where(never, 0, logits)
+
+    def loss(log_temperature: Array) -> Array:
+        scaled = jnp.where(never, -jnp.inf, finite * jnp.exp(-log_temperature))
+        return -scores.log_likelihood(scaled, labels).mean()
+
+    slope = jax.grad(loss)
+    low, high = bounds
+    if len(logits) > 1:
+        grid = jnp.linspace(low, high, _GRID, dtype=bounds.dtype)
+        best = lax.map(loss, grid).argmin()
+        low, high = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, _GRID - 1)]
+
+    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = (low + high) / 2
+        falls = slope(middle) < 0
+        return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
+
+    left, right = lax.fori_loop(0, _HALVINGS, halve, (low, high))
+    at_low = (left == bounds[0]) & (slope(bounds[0]) >= 0)
+    at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
+    found = jnp.where(at_low, bounds[0], jnp.where(at_high, bounds[1], (left + right) / 2))
+    value = loss(found)
+    return jnp.where(jnp.isfinite(value), jnp.exp(found), jnp.nan), at_low | at_high, jnp.isposinf(value)
+
+
+def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
+    """Divides logits by a temperature: the order of the classes stays, the confidence changes.
+
+    Args:
+      logits: float `[..., classes]`; of samples, before their softmax is averaged.
+      temperature: number or scalar array above 0, as in `fit_temperature(...).temperature`; it may be traced.
+
+    Returns:
+      float32 array of the shape of logits, float64 for float64; NaN where a traced temperature is not above 0.
+
+    Raises:
+      TypeError, ValueError: if shapes or dtypes do not fit, or a known temperature is not above 0.
+
+    Example:
+      >>> temperature_scale(jnp.array([2.0, 0.0]), 4)
+      Array([0.5, 0. ], dtype=float32)
+
+    Reference:
+      Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
+      networks](https://arxiv.org/abs/1706.04599), 2017.
+    """
+    z = _checks.array("temperature_scale", logits, real=True)
+    number = _checks.is_array(temperature) or isinstance(temperature, int | float)
+    if not number or jnp.shape(temperature) != () or isinstance(temperature, bool):
+        raise TypeError(
+            "temperature_scale: temperature must be a number or a scalar array, got "
+            f"{_checks.describe(temperature)}. Of a fit, pass its field temperature."
+        )
+    _inputs.require("temperature_scale", "temperature must be above 0, {got}", temperature, lambda of: of > 0)
+    (z,) = _inputs.widen(z)
+    t = jnp.asarray(temperature).astype(z.dtype)
+    return z / jnp.where(t > 0, t, jnp.nan)
