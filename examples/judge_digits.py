@@ -33,7 +33,8 @@ def predict(model: mc_digits.Network, variables: Any, args: argparse.Namespace) 
             return model.apply(variables, images, deterministic=False, rngs={"dropout": key})
 
         samples = mc.sample(one_pass, jax.random.key(args.seed), args.samples, chunk_size=10)
-        return model.apply(variables, images)[None], samples
+        plain: Any = model.apply(variables, images)
+        return plain[None], samples
 
     return logits
 
@@ -77,11 +78,10 @@ def draw(new: Any, rotated: Any, labels: Any, temperature: Any, path: Path) -> N
     p, scaled = (jax.nn.softmax(of).mean(0) for of in (new, mc.temperature_scale(new, temperature)))
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
-    plots.reliability(p, labels, label="as trained", color=plots.ORANGE, ax=axes[0])
-    plots.reliability(scaled, labels, label=f"temperature {float(temperature):.2f}", ax=axes[0])
+    plots.reliability(p, labels, num_bins=6, label="as trained", color=plots.ORANGE, ax=axes[0])
+    plots.reliability(scaled, labels, num_bins=6, label=f"temperature {float(temperature):.2f}", ax=axes[0])
     plots.risk_coverage(entropy(p), p.argmax(-1) != labels, label="entropy", ax=axes[1])
-    chance = np.random.default_rng(0).normal(size=len(labels))
-    plots.risk_coverage(chance, p.argmax(-1) != labels, label="chance", color=plots.ORANGE, ax=axes[1])
+    plots.risk_coverage(0 * entropy(p), p.argmax(-1) != labels, label="any order", color=plots.ORANGE, ax=axes[1])
     plots.entropies(entropy(p), entropy(jax.nn.softmax(rotated).mean(0)), log=True, ax=axes[2])
     least_sure = int(entropy(p).argmax())
     plots.convergence(jax.nn.softmax(new)[:, least_sure, p[least_sure].argmax()], ax=axes[3])

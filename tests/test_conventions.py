@@ -16,7 +16,8 @@ import dropjax.mc
 import dropjax.nnx
 import dropjax.schedules
 import dropjax.training
-from dropjax import bits, sharding
+from dropjax import bits, mc, sharding
+from dropjax.mc import plots
 from tests.variants import OTHERS, VARIANTS
 
 PACKAGE = Path(dropjax.__file__).parent
@@ -36,7 +37,7 @@ ORDER = [
     "training",
 ]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}
-MODULES = [dropjax, dropjax.linen, dropjax.nnx, dropjax.schedules, dropjax.mc, dropjax.training]
+MODULES = [dropjax, dropjax.linen, dropjax.nnx, dropjax.schedules, dropjax.mc, mc.moments, plots, dropjax.training]
 PUBLIC = {
     f"{module.__name__}.{name}": thing
     for module in MODULES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-import dropjax
+from benchmarks.moments import errors
 from dropjax.mc import moments
 
 RNG = np.random.default_rng(0)
@@ -31,12 +31,12 @@ def test_one_dense_layer_under_dropout_is_exact():
 def test_dropout_of_a_random_input():
     """E[y^2] = (Var[x] + E[x]^2) / q, by the law of total variance."""
     mean, var, rate = normal(5), normal(5) ** 2, jnp.array([0.0, 0.1, 0.5, 0.9, 1.0])
-    found = moments.dropout(mean, var, rate)
+    found = jax.jit(moments.dropout)(mean, var, rate)
     q, m, v = 1 - np.asarray(rate, float)[:4], np.asarray(mean, float)[:4], np.asarray(var, float)[:4]
     np.testing.assert_allclose(found[0], np.asarray(mean) * [1, 1, 1, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(found[1][:4], (v + m**2) / q - m**2, rtol=1e-4, atol=1e-6)
     assert found[1][4] == 0
-    for value, gradient in zip(found, jax.jacobian(moments.dropout, 2)(mean, var, rate), strict=True):
+    for value, gradient in zip(found, jax.jit(jax.jacobian(moments.dropout, 2))(mean, var, rate), strict=True):
         assert jnp.isfinite(value).all()
         assert jnp.isfinite(gradient).all()
 
@@ -56,51 +56,27 @@ def test_relu_against_quadrature_in_both_tails():
         np.testing.assert_allclose(first, one, rtol=1e-5, atol=1e-6 * s)
         np.testing.assert_allclose(var, centred, rtol=1e-5, atol=1e-6 * s**2)
         np.testing.assert_allclose(var, two - one**2, rtol=1e-5, atol=1e-6 * max(m, s) ** 2)
-    gradients = jax.vmap(jax.jacobian(moments.relu, (0, 1)))(jnp.float32(mean), jnp.float32(std**2))
+    gradients = jax.jit(jax.vmap(jax.jacobian(moments.relu, (0, 1))))(jnp.float32(mean), jnp.float32(std**2))
     assert all(jnp.isfinite(of).all() for of in jax.tree.leaves(gradients))
     assert gradients[1][1][9] == 1  # of a known positive input, the variance passes
 
 
-def error_of(widths, key, samples):
-    """Errors of mean and standard deviation at the output, in units of the latter, against samples; dropout of 0.2."""
-    keys = jax.random.split(key, len(widths))
-    x = jax.random.normal(keys[0], (widths[0],))
-    kernels = [
-        jax.random.normal(k, (n, m)) * (2 / n) ** 0.5 for k, n, m in zip(keys[1:], widths, widths[1:], strict=False)
-    ]
-    mean, var = x, jnp.zeros_like(x)
-    for i, kernel in enumerate(kernels):
-        mean, var = moments.dense(*moments.dropout(*(moments.relu(mean, var) if i else (mean, var)), 0.2), kernel)
-
-    def one(key):
-        y = x
-        for i, kernel in enumerate(kernels):
-            y = dropjax.dropout(jax.random.fold_in(key, i), jax.nn.relu(y) if i else y, 0.2) @ kernel
-        return jnp.stack([y, (y - mean) ** 2])
-
-    def chunk(total, t):
-        return total + jax.vmap(lambda i: one(jax.random.fold_in(key, t * 10_000 + i)))(jnp.arange(10_000)).sum(0), None
-
-    total, _ = jax.lax.scan(chunk, jnp.zeros((2, widths[-1])), jnp.arange(samples // 10_000))
-    y, square = total / samples
-    std = jnp.sqrt(square - (y - mean) ** 2)
-    return jnp.abs(mean - y) / std, jnp.sqrt(var) / std
-
-
 def test_a_hidden_layer_against_a_million_samples(key):
     """Close, but not exact: the hidden units share dropped inputs. The samples' own errors are below 0.005."""
-    shift, ratio = jax.jit(lambda key: error_of((8, 16, 4), key, 1_000_000))(key)
+    shift, ratio = jax.jit(lambda key: errors((8, 16, 4), 0.2, key, 1_000_000))(key)
     assert (shift < 0.05).all()
     assert (jnp.abs(ratio - 1) < 0.3).all()
     assert (jnp.abs(ratio - 1) > 0.01).any()  # correlations are not seen
 
 
 def test_dtypes_bad_input_and_what_is_traced():
-    for dtype in [jnp.bfloat16, jnp.float16]:
-        x = jnp.ones(3, dtype)
-        y = moments.dense(*moments.relu(*moments.dropout(x, x, 0.5)), jnp.ones((3, 2), dtype), jnp.ones(2, dtype))
-        assert all(of.dtype == jnp.float32 for of in y)
-    assert moments.relu(jnp.ones((0, 3)), jnp.ones((0, 3)))[0].shape == (0, 3)
+    def layer(x, kernel):
+        return moments.dense(*moments.relu(*moments.dropout(x, x, 0.5)), kernel, kernel[0])
+
+    for dtype, wide in [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float64, jnp.float64)]:
+        with jax.enable_x64(wide == jnp.float64):
+            y = jax.eval_shape(layer, jnp.ones((0, 3), dtype), jnp.ones((3, 2), dtype))
+        assert all(of.dtype == wide and of.shape == (0, 2) for of in y)
     x, kernel = jnp.ones(3), jnp.ones((3, 2))
     assert jnp.isnan(jax.jit(moments.relu)(x, -x)[1]).all()
     assert jnp.isnan(jax.jit(moments.dense)(x, -x, kernel)[1]).all()

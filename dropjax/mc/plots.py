@@ -90,12 +90,13 @@ def reliability(
     bins = calibration.reliability(probabilities, labels, num_bins=num_bins, binning=binning)
     confidence, accuracy, size = (np.asarray(of)[np.asarray(bins.size) > 0] for of in bins)
     smooth = (accuracy * size + 1) / (size + 2)  # so that a bin in which all are right has an error, too
-    ax = _axes(ax)
-    if not ax.lines:
+    ax, low = _axes(ax), confidence.min() - 0.05
+    if ax.lines:
+        low = min(low, ax.get_xlim()[0])
+    else:
         ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
-    ax.errorbar(confidence, accuracy, np.sqrt(smooth * (1 - smooth) / size), color=color, lw=1.5, elinewidth=1)
+    ax.errorbar(confidence, accuracy, np.sqrt(smooth * (1 - smooth) / size), color=color, fmt="none", elinewidth=1.5)
     ax.scatter(confidence, accuracy, 15 + 135 * size / size.max(), color=color, label=label, zorder=3)
-    low = min(*ax.get_xlim(), confidence.min() - 0.05) if len(ax.lines) > 2 else confidence.min() - 0.05
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(max(low, 0), 1.02), ylim=(0, 1.03))
     return _legend(ax, label)
 
@@ -159,6 +160,7 @@ def entropies(
     high = max(usual.max(), foreign.max())
     if log and not high > 0:
         raise ValueError(f"entropies: values must be above 0 where log=True, got at most {high:g}.")
+    edges: Any
     if log:
         edges = np.geomspace(high * 1e-5, high, num_bins + 1)
     else:
@@ -200,8 +202,8 @@ def convergence(samples: ArrayLike, *, color: Any = BLUE, ax: Axes | None = None
     ax.plot(count, mean, color=color, lw=2)
     ax.axhline(mean[-1], color=GREY, lw=1, ls="--")
     ax.set(xlabel="samples", ylabel="mean ± 2 standard errors", xscale="log", xlim=(2, max(len(x), 3)))
-    spread = 3 * error[min(3, len(error) - 1)] or None  # the first bands are from two or three samples
-    if spread:
+    spread = 2.5 * error[min(8, len(error) - 1)]  # the first bands, of a few samples, would fill the figure
+    if spread > 0:
         ax.set_ylim(mean[-1] - spread, mean[-1] + spread)
     return ax
 
