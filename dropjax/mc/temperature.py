@@ -48,8 +48,8 @@ def fit_temperature(
 
     Example:
       >>> logits = jnp.array([[4.0, 0.0]] * 4)  # sure to 98 %, right in 3 of 4: 4 / log 3
-      >>> fit_temperature(logits, jnp.array([0, 0, 0, 1])).temperature.round(2)
-      Array(3.64, dtype=float32)
+      >>> round(float(fit_temperature(logits, jnp.array([0, 0, 0, 1])).temperature), 2)
+      3.64
 
     Reference:
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
