@@ -274,14 +274,15 @@ def linear_index(indices: Sequence[Array], shape: tuple[int, ...]) -> tuple[Arra
         low = low + term
         if stride * length > 2**32:
             carry = (low < term).astype(jnp.uint32)
-            high = high + carry + _multiply_high(index, stride & 0xFFFFFFFF) + index * np.uint32(stride >> 32)
+            whole = multiply_high(index, np.uint32(stride & 0xFFFFFFFF))
+            high = high + carry + whole + index * np.uint32(stride >> 32)
         stride *= length
     return high, low
 
 
-def _multiply_high(x: Array, y: int) -> Array:
+def multiply_high(x: Array, y: Any) -> Array:
     """The high word of the product of two words, from 16-bit halves."""
     half, ones = np.uint32(16), np.uint32(0xFFFF)
-    x0, x1, y0, y1 = x & ones, x >> half, np.uint32(y & 0xFFFF), np.uint32(y >> 16)
+    x0, x1, y0, y1 = x & ones, x >> half, y & ones, y >> half
     middle = (x0 * y0 >> half) + (x1 * y0 & ones) + (x0 * y1 & ones)
     return x1 * y1 + (x1 * y0 >> half) + (x0 * y1 >> half) + (middle >> half)

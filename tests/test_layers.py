@@ -74,8 +74,8 @@ def test_fields_are_the_parameters_of_the_function(name):
 
 def test_every_variant_has_both_layers():
     for module in [dropjax.linen, dropjax.nnx]:
-        layers = {n for n, c in vars(module).items() if inspect.isclass(c) and hasattr(c, "_function") and n[0] != "_"}
-        assert layers == {
+        layers = {n: c for n, c in vars(module).items() if inspect.isclass(c) and hasattr(c, "_function")}
+        assert {n for n, c in layers.items() if not hasattr(c.__base__, "_function")} == {
             *NAMES,
             "Standout",
             "TokenDropout",
@@ -206,3 +206,16 @@ def test_sharded_dims_field(key):
     ]:
         y = jax.pmap(run, axis_name="i")(x.reshape(8, 1, 4)).reshape(8, 4)
         np.testing.assert_array_equal(y, dropjax.dropout(key, x, 0.5))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_spatial_dropout_under_the_names_of_keras(n, key):
+    x = jnp.ones((4, *[2] * n, 3))
+    linen, ours = (getattr(module, f"SpatialDropout{n}D") for module in [dropjax.linen, dropjax.nnx])
+    expected = dropjax.spatial_dropout(key, x, RATE)
+    np.testing.assert_array_equal(linen(RATE, deterministic=False).apply({}, x, rng=key), expected)
+    np.testing.assert_array_equal(ours(RATE)(x, rngs=key), expected)
+    first = ours(RATE, channel_axis=1)(jnp.moveaxis(x, -1, 1), rngs=key)
+    assert (first == first[:, :, *[slice(0, 1)] * n]).all()
+    with pytest.raises(ValueError, match=rf"SpatialDropout{n}D: x must have {n + 2} dimensions, .* got {n + 1}\. Spat"):
+        ours(RATE)(x[0], rngs=key)

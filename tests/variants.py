@@ -134,6 +134,20 @@ def drop_head_moments(x, rate):
     return first, second - first**2, central
 
 
+def drop_block_oracle(words, x, rate, options):
+    """Loops over the places of a [batch, length, channels] map and the seeds of the blocks that cover them."""
+    size = options.get("block_size", 7)
+    seeds = oracle.words(words, (x.shape[0], x.shape[1] + size - 1, x.shape[2]))
+    gamma = 1 - (1 - rate) ** (1 / size)
+    kept = [[(seeds[b, i : i + size] >= gamma * 2**32).all(0) for i in range(x.shape[1])] for b in range(len(x))]
+    return np.where(np.reshape(kept, x.shape), x * oracle.scale(rate), np.float32(0))
+
+
+def targeted_oracle(words, x, rate, options):
+    """All are candidates; tests/test_targeted.py has the others."""
+    return np.where(oracle.keep(words, x.shape, rate), x * oracle.scale(rate), np.float32(0))
+
+
 VARIANTS = {
     "dropout": Variant(dropjax.dropout, "Dropout", dropout_oracle, dropout_moments),
     "dropout_shared": Variant(
@@ -262,6 +276,23 @@ VARIANTS = {
             "dim 1": "heads are scaled by how many of all of them are kept",
         },
         whole_rate=(5, 1, 1),
+    ),
+    "drop_block": Variant(
+        dropjax.drop_block,
+        "DropBlock",
+        drop_block_oracle,
+        dropout_moments,
+        options={"block_size": 3},
+        not_for={"scalar": "a channel axis needs a dimension"},
+        whole_rate=(5, 1, 6),
+    ),
+    "targeted_dropout_of_all": Variant(
+        dropjax.targeted_dropout,
+        "TargetedDropout",
+        targeted_oracle,
+        dropout_moments,
+        options={"targeted": 1.0, "rescale": True},
+        not_for={"scalar": "units need a dimension"},
     ),
 }
 

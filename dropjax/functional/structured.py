@@ -1,7 +1,10 @@
 """Dropout that decides for whole groups of elements."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -67,3 +70,24 @@ def spatial_dropout(
 @masks.redrawn
 def _spatial_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     return masks.apply(x, masks.keep(draw, x.shape, rate), rate, draw.generator)
+
+
+def _of_rank(name: str, rank: int) -> Callable[..., Array]:
+    """`spatial_dropout` of arrays of one rank, for the layers under Keras's names."""
+
+    @functools.wraps(spatial_dropout)
+    def function(key: Array, x: ArrayLike, rate: ArrayLike, **options: Any) -> Array:
+        if np.ndim(x) != rank:
+            raise ValueError(
+                f"{name}: x must have {rank} dimensions, a batch, {rank - 2} of space and channels, got {np.ndim(x)}. "
+                "SpatialDropout takes any number."
+            )
+        return spatial_dropout(key, x, rate, **options)
+
+    function.__name__ = name
+    return function
+
+
+spatial_dropout_1d = _of_rank("SpatialDropout1D", 3)
+spatial_dropout_2d = _of_rank("SpatialDropout2D", 4)
+spatial_dropout_3d = _of_rank("SpatialDropout3D", 5)

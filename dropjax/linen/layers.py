@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from jax.typing import ArrayLike
 
-from dropjax.functional import depth, elementwise, graphs, noise, self_normalising, structured, tokens
+from dropjax.functional import blocks, depth, elementwise, graphs, noise, pruning, self_normalising, structured, tokens
 from dropjax.linen.base import Bare, Layer
 from dropjax.sharding import ShardedDims
 
 __all__ = [
     "AlphaDropout",
+    "DropBlock",
     "DropHead",
     "DropPath",
     "Dropout",
@@ -24,6 +25,10 @@ __all__ = [
     "GaussianNoise",
     "MaskFeature",
     "SpatialDropout",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "TargetedDropout",
     "UniformDropout",
 ]
 
@@ -96,6 +101,34 @@ class SpatialDropout(Layer):
     batch_axes: int | Sequence[int] = (0,)
     generator: str = "mix"
     _function = staticmethod(structured.spatial_dropout)
+
+
+class SpatialDropout1D(SpatialDropout):
+    """`SpatialDropout` for sequences, under Keras's name: the rank of the inputs must be 3.
+
+    `[batch, length, channels]`, Keras's `data_format="channels_last"`; `channel_axis=1` is `"channels_first"`.
+    """
+
+    _function = staticmethod(structured.spatial_dropout_1d)
+
+
+class SpatialDropout2D(SpatialDropout):
+    """`SpatialDropout` for images, under Keras's name: the rank of the inputs must be 4.
+
+    `[batch, height, width, channels]`, Keras's `data_format="channels_last"`; `channel_axis=1` is `"channels_first"`.
+    """
+
+    _function = staticmethod(structured.spatial_dropout_2d)
+
+
+class SpatialDropout3D(SpatialDropout):
+    """`SpatialDropout` for volumes, under Keras's name: the rank of the inputs must be 5.
+
+    `[batch, depth, height, width, channels]`, Keras's `data_format="channels_last"`; `channel_axis=1` is
+    `"channels_first"`.
+    """
+
+    _function = staticmethod(structured.spatial_dropout_3d)
 
 
 class GaussianNoise(Layer):
@@ -199,3 +232,47 @@ class DropHead(Layer):
     head_axis: int = 1
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(tokens.drop_head)
+
+
+class DropBlock(Layer):
+    """`dropjax.drop_block` as a layer: drops contiguous blocks of feature maps of any number of dimensions.
+
+    Attributes:
+      rate: expected share of the places that is dropped, in `[0, 1]`.
+      block_size: the length of a block: one for all spatial dimensions or one for each.
+      whole_blocks: whether blocks lie within the map, as in the paper.
+      shared_channels: whether all channels of an example share a mask.
+      normalize: `"expected"`, `"example"` or `"batch"`: what is kept is divided by this share.
+      channel_axis: the axis of the channels.
+      batch_axes: the axes of the examples.
+    """
+
+    rate: ArrayLike
+    block_size: int | Sequence[int] = 7
+    whole_blocks: bool = False
+    shared_channels: bool = False
+    normalize: str = "expected"
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = (0,)
+    _function = staticmethod(blocks.drop_block)
+
+
+class TargetedDropout(Layer):
+    """`dropjax.targeted_dropout` as a layer of weights: drops only those of least magnitude.
+
+    Attributes:
+      rate: probability of dropping a candidate, in `[0, 1]`.
+      targeted: share of the weights or units that are candidates, in `[0, 1]`.
+      kind: `"weight"` or `"unit"`.
+      rescale: whether candidates that are kept are divided by 1 - rate.
+      channel_axis: the axis of the units.
+      batch_axes: axes of several kernels in one array.
+    """
+
+    rate: ArrayLike
+    targeted: ArrayLike = 0.5
+    kind: str = "weight"
+    rescale: bool = False
+    channel_axis: int = -1
+    batch_axes: int | Sequence[int] = ()
+    _function = staticmethod(pruning.targeted_dropout)
