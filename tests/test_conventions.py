@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dropjax
+import dropjax.constraints
 import dropjax.linen
 import dropjax.mc
 import dropjax.nnx
@@ -32,12 +33,14 @@ ORDER = [
     "linen",
     "nnx",
     "schedules",
+    "constraints",
     "mc",
     "_checkpoints",
     "training",
 ]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}
-MODULES = [dropjax, dropjax.linen, dropjax.nnx, dropjax.schedules, dropjax.mc, mc.moments, plots, dropjax.training]
+MODULES = [dropjax, dropjax.linen, dropjax.nnx, dropjax.schedules, dropjax.constraints, dropjax.mc, mc.moments, plots]
+MODULES += [dropjax.training]
 PUBLIC = {
     f"{module.__name__}.{name}": thing
     for module in MODULES
