@@ -8,11 +8,18 @@ from dropjax.functional.adaptive import standout as standout
 from dropjax.functional.adaptive import standout_expectation as standout_expectation
 from dropjax.functional.blocks import drop_block as drop_block
 from dropjax.functional.depth import drop_path as drop_path
+from dropjax.functional.depth import layer_drop as layer_drop
 from dropjax.functional.elementwise import dropout as dropout
 from dropjax.functional.elementwise import gaussian_dropout as gaussian_dropout
+from dropjax.functional.ensembles import masksembles as masksembles
+from dropjax.functional.ensembles import masksembles_masks as masksembles_masks
+from dropjax.functional.ensembles import masksembles_samples as masksembles_samples
 from dropjax.functional.graphs import drop_edge as drop_edge
 from dropjax.functional.graphs import drop_node as drop_node
 from dropjax.functional.graphs import mask_feature as mask_feature
+from dropjax.functional.losses import multi_sample_dropout as multi_sample_dropout
+from dropjax.functional.losses import r_drop as r_drop
+from dropjax.functional.losses import symmetric_kl as symmetric_kl
 from dropjax.functional.noise import gaussian_noise as gaussian_noise
 from dropjax.functional.noise import uniform_dropout as uniform_dropout
 from dropjax.functional.pruning import targeted_dropout as targeted_dropout
@@ -22,6 +29,8 @@ from dropjax.functional.sequences import token_dropout as token_dropout
 from dropjax.functional.structured import spatial_dropout as spatial_dropout
 from dropjax.functional.tokens import drop_head as drop_head
 from dropjax.functional.tokens import embedding_dropout as embedding_dropout
+from dropjax.functional.weights import drop_connect as drop_connect
+from dropjax.functional.weights import weight_drop as weight_drop
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
 

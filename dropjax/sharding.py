@@ -56,8 +56,8 @@ def place(
     origin = tuple(jnp.asarray(starts[d], jnp.uint32) if d in starts else None for d in range(len(shape)))
     if (seen := _watch.seen.get()) is not None:
         corner = [first(*of) for of in zip(origin, axes_of, shape, strict=True)]
-        typed = data is not None and bool(manual) and bool(_varying(lax.axis_index(manual[0])))
-        must = (_varying(data) if typed else frozenset(manual)) - frozenset(cut.get(None, ()))
+        typed = data is not None and bool(manual) and bool(varying(lax.axis_index(manual[0])))
+        must = (varying(data) if typed else frozenset(manual)) - frozenset(cut.get(None, ()))
         may = frozenset(manual) - must - frozenset(cut.get(None, ()))
         _watch.record(seen, function, key, data, corner, shape, sorted(must), sorted(may))
     return origin, axes_of
@@ -173,7 +173,7 @@ def _account(
 ) -> None:
     """Raises where shards would repeat one another's mask without anyone having said so."""
     named = {name for names in cut.values() for name in names}
-    if not _varying(lax.axis_index(manual[0])):  # pmap, or check_vma=False: the types say nothing
+    if not varying(lax.axis_index(manual[0])):  # pmap, or check_vma=False: the types say nothing
         missing = frozenset(name for name in manual if lax.axis_size(name) > 1) - named
         if manual[0].startswith(_UNNAMED) and not declared:
             raise ValueError(
@@ -189,7 +189,7 @@ def _account(
                 "differs on every shard."
             )
         return
-    missing = (frozenset(manual) if data is None else _varying(data)) - _varying(own) - named
+    missing = (frozenset(manual) if data is None else varying(data)) - varying(own) - named
     if missing:
         name = min(missing)
         raise ValueError(
@@ -204,7 +204,18 @@ def _known(index: Any) -> int:
     return 0 if _checks.is_traced(index) else int(index)
 
 
-def _varying(tree: Any) -> frozenset[str]:
+def varying(tree: Any) -> frozenset[str]:
     """The mesh axes over which any array of a pytree varies."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, Array)]
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
     return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in arrays))
+
+
+def untyped() -> tuple[str, ...]:
+    """The manual axes of which types do not say what varies over them: those of pmap and of unchecked shard_map."""
+    return tuple(name for name in jax.sharding.get_abstract_mesh().manual_axes if not varying(lax.axis_index(name)))
+
+
+def spread(x: Array, axes: frozenset[str]) -> Array:
+    """The same values, with a type that varies over the axes, too."""
+    missing = tuple(axes - varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x

@@ -245,6 +245,7 @@ VARIANTS = {
         not_for={"scalar": "a batch axis needs a dimension", "scale": "without scale what is kept is not divided"},
         whole_rate=(1, 1, 1),
     ),
+    "drop_connect": Variant(dropjax.drop_connect, "DropConnect", dropout_oracle, dropout_moments),
     "embedding_dropout": Variant(
         dropjax.embedding_dropout,
         "EmbeddingDropout",
@@ -304,5 +305,13 @@ OTHERS = {
     "standout_expectation": "it draws nothing, and takes no key",
     "drop_edge": "it takes the nodes of edges, integers, and gives a mask",
     "drop_node": "it takes the nodes of edges, integers, and gives masks",
+    "layer_drop": "it drops a function, which is then not computed: layer_drop(key, fn, x, rate)",
+    "weight_drop": "it drops arrays of a pytree, which it must be told by name",
+    "masksembles_masks": "it draws fixed masks of an exact number of features once, by sizes and a scale",
+    "masksembles": "its masks are fixed and given: it draws nothing",
+    "masksembles_samples": "it runs a function for all fixed masks, and draws nothing",
+    "multi_sample_dropout": "it applies a head to several draws of dropout",
+    "r_drop": "a loss: it compares two draws of a function",
+    "symmetric_kl": "a loss: it draws nothing",
 }
 """Exported functions that are not of the form f(key, x, rate, ...): why. Their tests have files of their own."""

@@ -1,9 +1,12 @@
-"""Stochastic depth: whole residual branches are dropped."""
+"""Stochastic depth: residual branches that are dropped, and layers that are left out."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks, bits, masks, sharding
@@ -69,3 +72,117 @@ def drop_path(
 @functools.partial(masks.redrawn, static_argnums=(3,))
 def _drop_path(draw: bits.Draw, x: Array, rate: Rate, scale: bool) -> Array:
     return masks.apply(x, masks.keep(draw, x.shape, rate), rate, rescale=scale)
+
+
+def layer_drop(key: Array, fn: Callable[[Any], Any], x: Any, rate: ArrayLike) -> Any:
+    """Leaves a whole layer out: y = fn(x), or x itself, and then fn is not computed.
+
+    y = fn(x) if m else x, with one m ~ Bernoulli(1 - rate), which is `keep_mask(key, (), rate)`. Nothing is scaled:
+    with fn(x) = x + f(x), E[y] = x + (1 - rate) f(x) and Var[y] = rate (1 - rate) f(x)^2. The forward pass costs
+    in proportion to the layers that are kept, since this is a branch (`lax.switch`) and no selection; the backward pass
+    still writes residuals and zeros for the weights of the others. Under `jax.vmap` over the key it is a selection:
+    both sides are computed, and the result is the same.
+
+    Args:
+      key: one JAX key; it is consumed. Over stacked layers, `lax.scan` over a split array of keys.
+      fn: the layer with its residual connection, a function of x to a pytree of the same structure, shapes and dtypes.
+      x: a pytree of arrays `[...]` of which one is float or complex.
+      rate: probability of dropping the layer, one number in `[0, 1]`. It may be traced, and is not differentiated.
+
+    Returns:
+      The pytree of x. Its float arrays are NaN where a traced rate is NaN or out of range, and, where types do not say
+      whether keys differ between devices (`pmap`, `check_vma=False`), if they do: there the devices compare keys.
+
+    Raises:
+      TypeError, ValueError: if an argument is not as said above, or the key or the rate varies over a manual mesh axis:
+        devices would take different branches, and wait for each other in the collectives of fn for ever.
+
+    Example:
+      >>> layers = jnp.arange(1.0, 5)  # four stacked layers that add 1, 2, 3 and 4
+      >>> keys = jax.random.split(jax.random.key(1), 4)
+      >>> step = lambda x, layer: (layer_drop(layer[0], lambda x: x + layer[1], x, 0.5), None)
+      >>> jax.lax.scan(step, jnp.zeros(2), (keys, layers))[0].tolist()
+      [5.0, 5.0]
+
+    Reference:
+      Fan, Grave, Joulin, [Reducing transformer depth on demand with structured
+      dropout](https://arxiv.org/abs/1909.11556), 2020. At inference layers are left out by choice, and what is kept
+      is not scaled either, as in fairseq.
+    """
+    if not callable(fn):
+        raise TypeError(f"layer_drop: fn must be a function of x, got {_checks.describe(fn)}. Its order is key, fn, x.")
+    return left_out("layer_drop", lax.switch, branch("layer_drop", key, rate), fn, jax.tree.map(jnp.asarray, x))
+
+
+def branch(function: str, key: Array, rate: ArrayLike) -> int | Array:
+    """Draws what becomes of a layer: 0, it runs; 1, it is left out; 2, a bad rate or keys that differ: NaN."""
+    key = _checks.key(function, key)
+    if _checks.is_array(rate) and rate.ndim:
+        raise ValueError(
+            f"{function}: rate must be one number, got {_checks.describe(rate)}. Scan over rates and keys together."
+        )
+    checked = _checks.rate(function, rate, ())
+    if axes := sharding.varying((key, checked)):
+        raise ValueError(
+            f"{function}: key and rate must be the same on every shard, got one that varies over mesh axis "
+            f"{min(axes)!r}: devices would take different branches, and wait for each other in the collectives of the "
+            "layer for ever. Draw with the key as it was before it was folded or split over the axis."
+        )
+    words = bits.key_words(function, key)
+    if isinstance(checked, _checks.Fixed) and masks.threshold(checked) in (0, 2**32):
+        return int(masks.threshold(checked) > 0)
+    return _branch(words, checked, tuple(a for a in sharding.untyped() if lax.axis_size(a) > 1))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _branch(words: Array, rate: Rate, axes: tuple[str, ...]) -> Array:
+    taken = 1 - masks.keep(bits.Draw(words, (), ()), (), rate).astype(jnp.int32)
+    taken = jnp.where(masks.valid(rate), taken, 2)
+    if axes:  # all devices take one branch, and say NaN if their keys were not one
+        same = (lax.pmin(words, axes) == lax.pmax(words, axes)).all() & (lax.pmin(taken, axes) == lax.pmax(taken, axes))
+        taken = jnp.where(same, lax.pmax(taken, axes), 2)
+    return taken
+
+
+def left_out(
+    function: str, switch: Callable[..., Any], taken: int | Array, fn: Callable[..., Any], *operands: Any
+) -> Any:
+    """Returns fn of the operands, or the last of them, x; `switch` is that of JAX, or of Linen, with a module first."""
+    x = operands[-1]
+    if not any(_is_inexact(a) for a in jax.tree.leaves(x)):
+        raise TypeError(f"{function}: x must hold a float or complex array, got {_shapes(x)}.")
+    if isinstance(taken, int):
+        return x if taken else fn(*operands)
+    axes: list[Any] = []  # over which the results of all branches vary, as the first says, which is traced first
+
+    def typed(y: Any) -> Any:
+        return jax.tree.map(sharding.spread, y, axes[0])
+
+    def run(*operands: Any) -> Any:
+        y = jax.tree.map(jnp.asarray, fn(*operands[:-1]))
+        if _shapes(x) != _shapes(y):
+            raise ValueError(
+                f"{function}: fn must return the structure, shapes and dtypes of x, which takes its place where the "
+                f"layer is left out, got {_shapes(y)} for {_shapes(x)}."
+            )
+        axes.append(jax.tree.map(lambda a, b: sharding.varying((a, b)), x, y))
+        return typed(y)
+
+    def skip(*operands: Any) -> Any:
+        return typed(operands[-2])
+
+    def poison(*operands: Any) -> Any:
+        *_, x, factor = operands
+        return typed(jax.tree.map(lambda a: masks.times(a, factor) if _is_inexact(a) else a, x))
+
+    # Under vmap the last branch is computed, too, and differentiated, so that its NaN must depend on what is taken.
+    factor = jnp.where(taken == 2, jnp.float32(jnp.nan), jnp.float32(1))
+    return switch(taken, [run, skip, poison], *operands, factor)
+
+
+def _is_inexact(a: Array) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.inexact)
+
+
+def _shapes(tree: Any) -> str:
+    return str(jax.tree.map(_checks.describe, tree))

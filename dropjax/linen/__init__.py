@@ -8,3 +8,4 @@ from dropjax.linen.calls import Standout as Standout
 from dropjax.linen.calls import TokenDropout as TokenDropout
 from dropjax.linen.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.linen.replace import replace_flax as replace_flax
+from dropjax.linen.wrappers import *  # noqa: F403  # likewise

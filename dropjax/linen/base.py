@@ -60,11 +60,16 @@ def call(
     **options: Any,
 ) -> Any:
     """Returns the inputs, or the function of them with a key of the layer's stream."""
+    key = key_of(layer, rate, deterministic, rng)
+    return inputs if key is None else function(key, inputs, rate, **options)
+
+
+def key_of(layer: Any, rate: ArrayLike, deterministic: bool | None, rng: Array | None) -> Array | None:
+    """A key of the layer's stream, or None where nothing is dropped."""
     deterministic = nn.merge_param("deterministic", layer.deterministic, deterministic)
     if deterministic or (isinstance(rate, int | float) and rate == 0):
-        return inputs
-    key = layer.make_rng(layer.rng_collection) if rng is None else rng
-    return function(key, inputs, rate, **options)
+        return None
+    return layer.make_rng(layer.rng_collection) if rng is None else rng
 
 
 class Layer(Bare):

@@ -9,3 +9,4 @@ from dropjax.nnx.calls import Standout as Standout
 from dropjax.nnx.calls import TokenDropout as TokenDropout
 from dropjax.nnx.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.replace import replace_flax as replace_flax
+from dropjax.nnx.wrappers import *  # noqa: F403  # likewise

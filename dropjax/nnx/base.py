@@ -26,8 +26,59 @@ class _Signature:
 
 
 @nnx.dataclass(eq=False)
-class Layer(nnx.Module):
-    """All framework logic, and the fields that all layers have, by keyword.
+class Stochastic(nnx.Module):
+    """Deterministic or not, and which key: the fields that everything has that draws, by keyword.
+
+    Args:
+      deterministic: if True the inputs are returned as they are; `model.train()` and `model.eval()` set it.
+      rng_collection: name of the rng stream.
+      rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
+    """
+
+    __signature__ = _Signature()
+
+    _: dataclasses.KW_ONLY
+    deterministic: bool | None = False
+    rng_collection: str = "dropout"
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                setattr(self, field.name, tuple(value))
+        flax = FlaxDropout(0.5, rng_collection=self.rng_collection, rngs=self.rngs)  # forks, and raises its own error
+        self.rngs = nnx.data(flax.rngs)
+
+    def _key(self, inputs: Any, deterministic: bool | None, rngs: Any) -> Array:
+        """The key of this call, from what was given at the call or from the layer's own stream."""
+        source = self.rngs if rngs is None else rngs
+        if deterministic is None or not isinstance(source, nnx.Rngs | nnx.RngStream | Array):
+            return FlaxDropout(0.5, deterministic=deterministic)(inputs, rngs=source)  # raises Flax's own error
+        if isinstance(source, nnx.Rngs):
+            source = source[self.rng_collection]
+        return source() if isinstance(source, nnx.RngStream) else source
+
+    def _key_at(self, rate: ArrayLike, inputs: Any, deterministic: bool | None, rngs: Any) -> Array | None:
+        """The key of this call, or None where nothing is dropped."""
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic or (deterministic is not None and isinstance(rate, int | float) and rate == 0):
+            return None
+        return self._key(inputs, deterministic, rngs)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Class method used by `nnx.view`.
+
+        Args:
+          deterministic: if True, disables dropout.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+@nnx.dataclass(eq=False)
+class Layer(Stochastic):
+    """A layer that calls its function, and the fields that all layers have, by keyword.
 
     Args:
       deterministic: if True the inputs are returned as they are; `model.train()` and `model.eval()` set it.
@@ -37,24 +88,12 @@ class Layer(nnx.Module):
     """
 
     _function: ClassVar[Callable[..., Array]]
-    __signature__ = _Signature()
 
     _: dataclasses.KW_ONLY
-    deterministic: bool | None = False
-    rng_collection: str = "dropout"
-    rngs: nnx.Rngs | nnx.RngStream | None = None
     sharded_dims: ShardedDims | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, sharding.pairs(value) if name == "sharded_dims" else value)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                setattr(self, field.name, tuple(value))
-        flax = FlaxDropout(0.5, rng_collection=self.rng_collection, rngs=self.rngs)  # forks, and raises its own error
-        self.rngs = nnx.data(flax.rngs)
 
     def __call__(
         self,
@@ -78,29 +117,10 @@ class Layer(nnx.Module):
         Returns:
           Array of the shape and dtype of the inputs.
         """
-        deterministic = self.deterministic if deterministic is None else deterministic
         name, options = sharding.fields(self._function)
         rate = getattr(self, name)
-        if deterministic or (deterministic is not None and isinstance(rate, int | float) and rate == 0):
+        key = self._key_at(rate, inputs, deterministic, rngs)
+        if key is None:
             return inputs  # type: ignore[return-value]  # what came in goes out
-        key = self._key(inputs, deterministic, rngs)
         fields = {name: getattr(self, name) for name in options}
         return self._function(key, inputs, rate, start=start, **place, **fields)
-
-    def _key(self, inputs: ArrayLike, deterministic: bool | None, rngs: Any) -> Array:
-        """The key of this call, from what was given at the call or from the layer's own stream."""
-        source = self.rngs if rngs is None else rngs
-        if deterministic is None or not isinstance(source, nnx.Rngs | nnx.RngStream | Array):
-            return FlaxDropout(0.5, deterministic=deterministic)(inputs, rngs=source)  # raises Flax's own error
-        if isinstance(source, nnx.Rngs):
-            source = source[self.rng_collection]
-        return source() if isinstance(source, nnx.RngStream) else source
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Class method used by `nnx.view`.
-
-        Args:
-          deterministic: if True, disables dropout.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
