@@ -9,6 +9,8 @@ from dropjax.functional.adaptive import standout_expectation as standout_expecta
 from dropjax.functional.blocks import drop_block as drop_block
 from dropjax.functional.depth import drop_path as drop_path
 from dropjax.functional.depth import layer_drop as layer_drop
+from dropjax.functional.divergences import concrete_dropout_kl as concrete_dropout_kl
+from dropjax.functional.divergences import variational_dropout_kl as variational_dropout_kl
 from dropjax.functional.elementwise import dropout as dropout
 from dropjax.functional.elementwise import gaussian_dropout as gaussian_dropout
 from dropjax.functional.ensembles import masksembles as masksembles
@@ -20,6 +22,8 @@ from dropjax.functional.graphs import mask_feature as mask_feature
 from dropjax.functional.losses import multi_sample_dropout as multi_sample_dropout
 from dropjax.functional.losses import r_drop as r_drop
 from dropjax.functional.losses import symmetric_kl as symmetric_kl
+from dropjax.functional.learned import concrete_dropout as concrete_dropout
+from dropjax.functional.learned import variational_gaussian_dropout as variational_gaussian_dropout
 from dropjax.functional.noise import gaussian_noise as gaussian_noise
 from dropjax.functional.noise import uniform_dropout as uniform_dropout
 from dropjax.functional.pruning import targeted_dropout as targeted_dropout
@@ -31,6 +35,12 @@ from dropjax.functional.tokens import drop_head as drop_head
 from dropjax.functional.tokens import embedding_dropout as embedding_dropout
 from dropjax.functional.weights import drop_connect as drop_connect
 from dropjax.functional.weights import weight_drop as weight_drop
+from dropjax.functional.variational import local_reparametrization as local_reparametrization
+from dropjax.functional.variational import sparse_kernel as sparse_kernel
+from dropjax.functional.variational import sparse_log_alpha as sparse_log_alpha
+from dropjax.functional.variational import sparse_variational_dense as sparse_variational_dense
+from dropjax.functional.variational import sparsity as sparsity
+from dropjax.functional.variational import variational_dense as variational_dense
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
 

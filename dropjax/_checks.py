@@ -56,27 +56,25 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def array(function: str, x: ArrayLike, *, real: bool = False) -> Array:
+def array(function: str, x: ArrayLike, *, real: bool = False, argument: str = "x") -> Array:
     """Returns x as an array of a float or complex dtype that dropout can be applied to."""
+    name = f"{function}: {argument} must"
+    wrong = f"{name} be a float or complex array, got {describe(x)}. "
     if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        raise TypeError(f"{function}: x must be a float or complex array, got {describe(x)}. {_ORDER}")
+        raise TypeError(wrong + _ORDER)
     numeric = is_array(x) and getattr(x.dtype, "kind", "") not in "OSUMm"
     if not numeric and not hasattr(x, "__jax_array__") and not isinstance(x, complex | float | int):
-        raise TypeError(
-            f"{function}: x must be a float or complex array, got {describe(x)}. Convert it with jnp.asarray."
-        )
+        raise TypeError(wrong + "Convert it with jnp.asarray.")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"{function}: x must be a float or complex array, got {describe(x)}. Dropping scales what it keeps, "
-            "which integers cannot hold: convert with x.astype(jnp.float32), or drop after the embedding."
+            f"{name} be a float or complex array, got {describe(x)}. Dropping scales what it keeps, which integers "
+            "cannot hold: convert with x.astype(jnp.float32), or drop after the embedding."
         )
     if real and jnp.iscomplexobj(x):
-        raise TypeError(f"{function}: x must be a real float array, got {describe(x)}. Its real part is x.real.")
+        raise TypeError(f"{name} be a real float array, got {describe(x)}. Its real part is x.real.")
     if x.dtype.name in _WITHOUT_ZERO_OR_NAN:
-        raise TypeError(
-            f"{function}: x must have a dtype with a zero and a NaN, got {describe(x)}. Use another float dtype."
-        )
+        raise TypeError(f"{name} have a dtype with a zero and a NaN, got {describe(x)}. Use another float dtype.")
     return x
 
 
@@ -122,11 +120,12 @@ def whole(function: str, rate: Rate, dims: Sequence[int], what: str) -> None:
 
 def _in_range(function: str, values: np.ndarray, argument: str, range: str) -> None:
     rounded = values.astype(np.float32)  # what is drawn with
-    good = {"[0, 1]": values <= 1, "[0, 1)": (values <= 1) & (rounded < 1), "[0, inf)": rounded < np.inf}[range]
-    good &= values >= 0
+    low, high = (float(end.strip("[]() ")) for end in range.split(","))
+    good = (values >= low) & (rounded > low if range[0] == "(" else True)
+    good &= (values <= high) & (rounded < high if range[-1] == ")" else True)
     if not good.all():
         wrong = float(values[~good].flat[0])
-        hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 and range != "[0, inf)" else ""
+        hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 and high == 1 else ""
         hint = " Its variance is infinite at 1." if wrong <= 1 and range == "[0, 1)" and wrong > 0 else hint
         raise ValueError(f"{function}: {argument} must be in {range}, got {wrong}.{hint}")
 

@@ -313,5 +313,25 @@ OTHERS = {
     "multi_sample_dropout": "it applies a head to several draws of dropout",
     "r_drop": "a loss: it compares two draws of a function",
     "symmetric_kl": "a loss: it draws nothing",
+    "concrete_dropout": "its rate is a logit, and is differentiated",
+    "concrete_dropout_kl": "it is a term of the loss, and draws nothing",
+    "variational_gaussian_dropout": "its noise is given as log_alpha, and is differentiated",
+    "variational_dropout_kl": "it is a term of the loss, and draws nothing",
+    "local_reparametrization": "its noise is given as a variance, and is differentiated",
+    "variational_dense": "it is a product with a noisy kernel, and its log_alpha is differentiated",
+    "sparse_variational_dense": "it is a product with a noisy kernel, and its log_sigma2 is differentiated",
+    "sparse_log_alpha": "it tells how noisy weights are, and draws nothing",
+    "sparse_kernel": "it sets noisy weights to 0, and draws nothing",
+    "sparsity": "it counts noisy weights, and draws nothing",
 }
 """Exported functions that are not of the form f(key, x, rate, ...): why. Their tests have files of their own."""
+
+OTHER_LAYERS = {
+    "Standout": "it takes a logit for each element",
+    "TokenDropout": "what it returns is shorter than its inputs",
+    "ConcreteDropout": "its rate is a parameter",
+    "VariationalGaussianDropout": "its noise is a parameter",
+    "VariationalDense": "it has a kernel of its own",
+    "SparseVariationalDense": "it has a kernel of its own",
+}
+"""Layers that are no fields and a function: why. Their tests have files of their own."""
