@@ -19,11 +19,11 @@ from dropjax.functional.ensembles import masksembles_samples as masksembles_samp
 from dropjax.functional.graphs import drop_edge as drop_edge
 from dropjax.functional.graphs import drop_node as drop_node
 from dropjax.functional.graphs import mask_feature as mask_feature
+from dropjax.functional.learned import concrete_dropout as concrete_dropout
+from dropjax.functional.learned import variational_gaussian_dropout as variational_gaussian_dropout
 from dropjax.functional.losses import multi_sample_dropout as multi_sample_dropout
 from dropjax.functional.losses import r_drop as r_drop
 from dropjax.functional.losses import symmetric_kl as symmetric_kl
-from dropjax.functional.learned import concrete_dropout as concrete_dropout
-from dropjax.functional.learned import variational_gaussian_dropout as variational_gaussian_dropout
 from dropjax.functional.noise import gaussian_noise as gaussian_noise
 from dropjax.functional.noise import uniform_dropout as uniform_dropout
 from dropjax.functional.pruning import targeted_dropout as targeted_dropout
@@ -33,14 +33,14 @@ from dropjax.functional.sequences import token_dropout as token_dropout
 from dropjax.functional.structured import spatial_dropout as spatial_dropout
 from dropjax.functional.tokens import drop_head as drop_head
 from dropjax.functional.tokens import embedding_dropout as embedding_dropout
-from dropjax.functional.weights import drop_connect as drop_connect
-from dropjax.functional.weights import weight_drop as weight_drop
 from dropjax.functional.variational import local_reparametrization as local_reparametrization
 from dropjax.functional.variational import sparse_kernel as sparse_kernel
 from dropjax.functional.variational import sparse_log_alpha as sparse_log_alpha
 from dropjax.functional.variational import sparse_variational_dense as sparse_variational_dense
 from dropjax.functional.variational import sparsity as sparsity
 from dropjax.functional.variational import variational_dense as variational_dense
+from dropjax.functional.weights import drop_connect as drop_connect
+from dropjax.functional.weights import weight_drop as weight_drop
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
 
