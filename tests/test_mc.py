@@ -55,9 +55,12 @@ def test_classify_is_the_summary_of_the_samples(key, chunk_size):
     np.testing.assert_allclose(summary.expected_entropy, stats.entropy(p, axis=-1).mean(0), atol=1e-5)
     information = stats.entropy(p.mean(0), axis=-1) - stats.entropy(p, axis=-1).mean(0)
     np.testing.assert_allclose(summary.mutual_information, information, atol=1e-5)
-    votes = np.stack([np.bincount(row, minlength=3) / 50 for row in p.argmax(-1).T])
-    np.testing.assert_allclose(summary.votes, votes, atol=1e-6)
-    np.testing.assert_allclose(summary.variation_ratio, 1 - votes.max(-1), atol=1e-6)
+    votes = np.stack([np.bincount(row, minlength=3) for row in p.argmax(-1).T])
+    np.testing.assert_array_equal(summary.votes, votes)
+    np.testing.assert_allclose(summary.variation_ratio, 1 - votes.max(-1) / 50, atol=1e-6)
+    variance = np.take_along_axis(p.var(0), p.mean(0).argmax(-1)[:, None], -1)[:, 0]
+    np.testing.assert_allclose(summary.variance, variance, rtol=1e-5)
+    assert summary.num_samples == 50
 
 
 def test_hand_made_samples(key):
@@ -73,6 +76,7 @@ def test_hand_made_samples(key):
     np.testing.assert_allclose(undecided.expected_entropy, np.log(2), rtol=1e-6)
     assert undecided.mutual_information == 0
     assert undecided.variation_ratio == 0
+    assert undecided.variance == 0
 
 
 def test_classify_keeps_no_samples(key):
@@ -91,7 +95,7 @@ def test_classify_keeps_no_samples(key):
 
 def test_narrow_logits_are_summarised_in_float32(key):
     summary = mc.classify(lambda key: logits(key).astype(jnp.bfloat16), key, 10)
-    assert all(field.dtype == jnp.float32 for field in summary)
+    assert all(field.dtype == jnp.float32 for field in summary[:4])
 
 
 def test_calibration_error_by_hand():
@@ -157,10 +161,23 @@ def test_gradients_of_entropies_are_finite_where_a_class_underflows(key):
         assert jnp.isfinite(jax.grad(lambda s: getattr(summary(s), field).sum())(1.0))  # noqa: B023
 
 
-def test_nan_logits_stay_nan(key):
-    summary = mc.classify(lambda key: dropjax.dropout(key, jnp.full((2, 3), jnp.nan), 0.0) + logits(key)[:2], key, 4)
-    assert jnp.isnan(summary.probabilities).all()
-    assert jnp.isnan(summary.predictive_entropy).all()
+def test_logits_without_a_softmax_are_reported(key):
+    """NaN, +inf and only -inf have none; a class of -inf has probability 0."""
+    rows = jnp.array([[0.0, jnp.nan], [0.0, jnp.inf], [-jnp.inf, -jnp.inf], [0.0, -jnp.inf], [1.0, 2.0]])
+
+    def fn(key):
+        return jnp.where(jax.random.bernoulli(key, 0.5), rows, jnp.zeros_like(rows))
+
+    inside = jax.jit(lambda key: mc.classify(fn, key, 20, chunk_size=6))(key)
+    with pytest.warns(UserWarning, match="classify: fn returned logits without a softmax .* for 3 of 5 inputs"):
+        outside = mc.classify(fn, key, 20)
+    for summary in [inside, outside]:
+        np.testing.assert_array_equal(summary.invalid, [True, True, True, False, False])
+        for field in [*summary[:4], summary.variation_ratio, summary.variance]:
+            assert jnp.isnan(field[:3]).all()
+            assert jnp.isfinite(field[3:]).all()
+    tolerant = jax.jit(lambda key: mc.classify(fn, key, 5000, tolerance=0.05))(key)
+    assert tolerant.num_samples < 500  # what is invalid does not keep the others waiting
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])

@@ -8,11 +8,17 @@ from dropjax.mc import moments as moments
 from dropjax.mc.calibration import Reliability as Reliability
 from dropjax.mc.calibration import calibration_error as calibration_error
 from dropjax.mc.calibration import reliability as reliability
+from dropjax.mc.classification import Classification as Classification
+from dropjax.mc.classification import classify as classify
 from dropjax.mc.conformal import conformal_intervals as conformal_intervals
 from dropjax.mc.conformal import conformal_residuals as conformal_residuals
 from dropjax.mc.conformal import conformal_scores as conformal_scores
 from dropjax.mc.conformal import conformal_sets as conformal_sets
 from dropjax.mc.conformal import conformal_threshold as conformal_threshold
+from dropjax.mc.explaining import Explanation as Explanation
+from dropjax.mc.explaining import explain as explain
+from dropjax.mc.regression import Regression as Regression
+from dropjax.mc.regression import regress as regress
 from dropjax.mc.sampling import sample as sample
 from dropjax.mc.scores import Coverage as Coverage
 from dropjax.mc.scores import brier as brier
@@ -25,8 +31,6 @@ from dropjax.mc.selection import Detection as Detection
 from dropjax.mc.selection import RiskCoverage as RiskCoverage
 from dropjax.mc.selection import detection as detection
 from dropjax.mc.selection import risk_coverage as risk_coverage
-from dropjax.mc.summaries import Classification as Classification
-from dropjax.mc.summaries import classify as classify
 from dropjax.mc.temperature import FittedTemperature as FittedTemperature
 from dropjax.mc.temperature import fit_temperature as fit_temperature
 from dropjax.mc.temperature import temperature_scale as temperature_scale
