@@ -11,5 +11,6 @@ from dropjax.linen.learned import ConcreteDropout as ConcreteDropout
 from dropjax.linen.learned import SparseVariationalDense as SparseVariationalDense
 from dropjax.linen.learned import VariationalDense as VariationalDense
 from dropjax.linen.learned import VariationalGaussianDropout as VariationalGaussianDropout
+from dropjax.linen.monte_carlo import mc_apply as mc_apply
 from dropjax.linen.replace import replace_flax as replace_flax
 from dropjax.linen.wrappers import *  # noqa: F403  # likewise

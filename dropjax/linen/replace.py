@@ -15,7 +15,7 @@ from dropjax import _checks
 from dropjax.functional import elementwise
 from dropjax.linen import base
 
-_FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
+FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ _generator = contextvars.ContextVar("_generator", default="mix")
 
 def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     module = context.module
-    if isinstance(module, _FlaxDropout) and type(module).__call__ is _FlaxDropout.__call__:
+    if isinstance(module, FlaxDropout) and type(module).__call__ is FlaxDropout.__call__:
         if context.method_name != "__call__":
             return next_method(*args, **kwargs)
         function = functools.partial(
@@ -63,7 +63,7 @@ def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -
     if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
         return next_method(*args, **kwargs)
     # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
-    object.__setattr__(module, "attention_fn", _attention)
+    object.__setattr__(module, "attention_fn", attention)
     try:
         return next_method(*args, **kwargs)
     finally:
@@ -71,7 +71,7 @@ def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -
 
 
 @functools.wraps(nn.dot_product_attention)
-def _attention(
+def attention(
     query: Array,
     key: Array,
     value: Array,
@@ -87,6 +87,7 @@ def _attention(
     *,
     qk_attn_weights_einsum: Callable[..., Array] | None = None,
     attn_weights_value_einsum: Callable[..., Array] | None = None,
+    share_batch: bool = False,
     **options: Any,
 ) -> Array:
     """Flax's attention, whose dropout happens on the way into the product of weights and values."""
@@ -100,7 +101,7 @@ def _attention(
     product = attn_weights_value_einsum or plain
 
     def drop_and_multiply(equation: str, weights: Array, values: Array) -> Array:
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else (0,) * share_batch
         weights = elementwise.dropout(
             dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=_generator.get()
         )

@@ -229,7 +229,8 @@ def _observations(
         if not _checks.is_traced(precision) and not (np.asarray(precision, np.float64) > 0).all():
             raise ValueError(f"regress: precision must be positive, got {np.min(np.asarray(precision))}.")
         precision = jnp.asarray(precision).astype(dtype)
-        if jnp.broadcast_shapes(precision.shape, shape) != shape:
+        fits = zip(reversed(precision.shape), reversed(shape), strict=False)
+        if precision.ndim > len(shape) or any(n not in (1, m) for n, m in fits):
             raise ValueError(f"regress: precision must broadcast against {shape}, got shape {precision.shape}.")
         precision = jnp.where(precision > 0, precision, np.nan)
         precision = precision.reshape((1,) * (len(shape) - precision.ndim) + precision.shape)

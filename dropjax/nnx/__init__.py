@@ -12,5 +12,6 @@ from dropjax.nnx.learned import ConcreteDropout as ConcreteDropout
 from dropjax.nnx.learned import SparseVariationalDense as SparseVariationalDense
 from dropjax.nnx.learned import VariationalDense as VariationalDense
 from dropjax.nnx.learned import VariationalGaussianDropout as VariationalGaussianDropout
+from dropjax.nnx.monte_carlo import mc_view as mc_view
 from dropjax.nnx.replace import replace_flax as replace_flax
 from dropjax.nnx.wrappers import *  # noqa: F403  # likewise

@@ -45,22 +45,23 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     for _, module in nnx.iter_modules(model):
         attention = getattr(module, "attention_fn", None)
         found += type(module) is FlaxDropout or isinstance(module, Layer)
-        found += isinstance(attention, _Attention) or attention is nnx.dot_product_attention
+        found += isinstance(attention, Attention) or attention is nnx.dot_product_attention
         if type(module) is FlaxDropout:  # changed in place, so that lists, dicts and shared references keep it
             ours: Any = module
             ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
         elif attention is nnx.dot_product_attention:
-            setattr(module, "attention_fn", _Attention(generator))  # noqa: B010  # not known to be an attention module
+            setattr(module, "attention_fn", Attention(generator))  # noqa: B010  # not known to be an attention module
     if not found:
         raise ValueError("replace_flax: model must contain Flax's Dropout or MultiHeadAttention, got neither.")
     return model
 
 
 @dataclasses.dataclass(frozen=True)
-class _Attention:
+class Attention:
     """Flax's attention with our dropout on its weights."""
 
     generator: str
+    share_batch: bool = False
 
     def __call__(
         self,
@@ -79,6 +80,7 @@ class _Attention:
         promote_dtype: Callable[..., Any] = promote_dtype,
         **options: Any,
     ) -> Array:
+        """Takes what `nnx.dot_product_attention` takes."""
         options |= {"precision": precision, "module": module, "deterministic": True}
         if deterministic or dropout_rate == 0:
             return nnx.dot_product_attention(
@@ -94,7 +96,7 @@ class _Attention:
             )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         weights = dot_product_attention_weights(query, key, bias, mask, dtype=query.dtype, **options)
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else (0,) * self.share_batch
         weights = elementwise.dropout(
             dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=self.generator
         )
