@@ -1,9 +1,10 @@
 """Monte Carlo dropout: a hundred samples against one pass, and against a Python loop of passes.
 
-    python -m benchmarks.mc [--quick] [--rounds 7]
+python -m benchmarks.mc [--quick] [--rounds 7]
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +38,7 @@ def network(batch: int) -> tuple[Callable[[Array, Any, Array], Array], Any, Arra
     """784-1200-1200-10 with dropout before every layer; the pass, its weights and an input."""
     rng = np.random.default_rng(0)
     sizes = (784, 1200, 1200, 10)
-    weights = [
-        jnp.asarray(rng.normal(0, (2 / m) ** 0.5, (m, n)), jnp.float32)
-        for m, n in zip(sizes[:-1], sizes[1:], strict=True)
-    ]
+    weights = [jnp.asarray(rng.normal(0, (2 / m) ** 0.5, (m, n)), jnp.float32) for m, n in itertools.pairwise(sizes)]
 
     def one_pass(key: Array, weights: Any, x: Array) -> Array:
         for i, w in enumerate(weights):
@@ -53,12 +51,14 @@ def network(batch: int) -> tuple[Callable[[Array, Any, Array], Array], Any, Arra
 
 def memory(fn: Callable[..., Any], *arguments: Any) -> int:
     """Bytes of temporary memory of the compiled program."""
-    return jax.jit(fn).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    analysis: Any = jax.jit(fn).lower(*arguments).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def head_only(rounds: int, batch: int) -> Row:
     """T samples of a network with dropout in its head, in times of one deterministic pass."""
-    model, key = Convolutional(), jax.random.key(0)
+    model: Any = Convolutional()
+    key = jax.random.key(0)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 32, 32, 3)), jnp.float32)
     variables = model.init(jax.random.key(1), x)
     ours: Any = jax.jit(lambda v, x, key: mc.classify(lambda key: model.apply(v, x, key), key, T, chunk_size=10))

@@ -79,9 +79,9 @@ def test_the_backbone_is_computed_once_and_the_head_for_each_sample(key, name):
     assert str(explained).splitlines()[-1].endswith("passes.")
 
 
-@backbones
+@pytest.mark.parametrize("name", ["nested jit", "remat", "custom_jvp", "custom_vjp", "scan"])
 def test_gradients_are_those_of_a_loop(key, name):
-    weights = jnp.asarray(np.random.default_rng(2).normal(size=(T, 6, 2)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(3, 6, 2)), jnp.float32)
 
     def fn(key, x, w):
         return BACKBONES[name](key, x * 2) @ w
@@ -89,10 +89,10 @@ def test_gradients_are_those_of_a_loop(key, name):
     @jax.jit
     def both(x, w):
         def ours(x, w):
-            return (mc.sample(lambda key: fn(key, x, w), key, T, chunk_size=3) * weights).sum()
+            return (mc.sample(lambda key: fn(key, x, w), key, 3, chunk_size=2) * weights).sum()
 
         def loop(x, w):
-            return sum((fn(jax.random.fold_in(key, t), x, w) * weights[t]).sum() for t in range(T))
+            return sum((fn(jax.random.fold_in(key, t), x, w) * weights[t]).sum() for t in range(3))
 
         return [jax.value_and_grad(f, (0, 1))(x, w) for f in (ours, loop)]
 
@@ -119,9 +119,9 @@ def test_results_of_every_kind(key):
         first, second = jax.random.split(key)
         return {"shared": X @ W, "int": jax.random.randint(first, (2,), 0, 9), "key": second, "one": 1, "none": None}
 
+    loop = [fn(jax.random.fold_in(key, t)) for t in range(T)]
     for chunk_size in [None, 3]:
         out = mc.sample(fn, key, T, chunk_size=chunk_size)
-        loop = [fn(jax.random.fold_in(key, t)) for t in range(T)]
         np.testing.assert_allclose(out["shared"], jnp.stack([X @ W] * T), rtol=1e-6)
         np.testing.assert_array_equal(out["int"], jnp.stack([of["int"] for of in loop]))
         data = [jax.random.key_data(of["key"]) for of in loop]

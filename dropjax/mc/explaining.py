@@ -61,7 +61,8 @@ def explain(fn: Callable[[Array], Any], key: Array) -> Explanation:
 
     Example:
       >>> import dropjax
-      >>> head = lambda key: dropjax.dropout(key, jnp.ones((4, 8)) @ jnp.ones((8, 8)), 0.5) @ jnp.ones((8, 2))
+      >>> w = jnp.ones((256, 256))
+      >>> head = lambda key: dropjax.dropout(key, jnp.ones((4, 256)) @ w, 0.5) @ w[:, :2]
       >>> explain(head, jax.random.key(0)).share > 0.5
       True
     """
