@@ -157,7 +157,8 @@ def prepare(
     key = _checks.key(function, key)
     names = _axes(function, mesh, axes)
     program, consts, shapes = hoisting.part(fn, key)
-    if num_samples > 1 and program.varies and not any(program.varies):
+    empty = not any(of.size for of in jax.tree.leaves(shapes))
+    if num_samples > 1 and not empty and not any(program.varies):
         warnings.warn(
             f"{function}: fn ignores its key, so its {num_samples} samples are all the same. Is the model in "
             "evaluation mode, or does its dropout take keys from elsewhere?",
