@@ -29,9 +29,10 @@ class Moments(NamedTuple):
 
 
 def moments(values: Array) -> Moments:
-    """The moments of samples `[n, ...]`, in two passes over them."""
-    mean = values.mean(0, keepdims=True)
-    return Moments(mean[0], jnp.square(values - mean).sum(0))
+    """The moments of samples `[n, ...]`, around the first of them: equal samples have variance 0."""
+    away = values - values[:1]
+    mean = away.mean(0, keepdims=True)
+    return Moments((values[:1] + mean)[0], jnp.square(away - mean).sum(0))
 
 
 def merge_moments(one: Moments, m: Any, other: Moments, n: int) -> Moments:
