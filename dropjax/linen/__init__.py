@@ -4,13 +4,9 @@
 call (`rng=`) and the place of its piece (`start=`).
 """
 
-from dropjax.linen.calls import Standout as Standout
-from dropjax.linen.calls import TokenDropout as TokenDropout
-from dropjax.linen.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
-from dropjax.linen.learned import ConcreteDropout as ConcreteDropout
-from dropjax.linen.learned import SparseVariationalDense as SparseVariationalDense
-from dropjax.linen.learned import VariationalDense as VariationalDense
-from dropjax.linen.learned import VariationalGaussianDropout as VariationalGaussianDropout
+from dropjax.linen.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
+from dropjax.linen.layers import *  # noqa: F403  # likewise
+from dropjax.linen.learned import *  # noqa: F403  # likewise
 from dropjax.linen.monte_carlo import mc_apply as mc_apply
 from dropjax.linen.replace import replace_flax as replace_flax
 from dropjax.linen.wrappers import *  # noqa: F403  # likewise

@@ -101,3 +101,6 @@ class Standout(Layer):
         key = self.make_rng(self.rng_collection) if rng is None else rng
         place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
         return self._function(key, inputs, logits, **affine, **place)
+
+
+__all__ = ["Standout", "TokenDropout"]

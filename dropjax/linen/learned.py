@@ -185,3 +185,6 @@ class SparseVariationalDense(_Dense):
 
     def _log_alpha(self, kernel: Array, noise: Array) -> Array:
         return variational.sparse_log_alpha(kernel, noise)
+
+
+__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]

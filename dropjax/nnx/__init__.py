@@ -5,13 +5,9 @@ call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutab
 its piece (`start=`).
 """
 
-from dropjax.nnx.calls import Standout as Standout
-from dropjax.nnx.calls import TokenDropout as TokenDropout
-from dropjax.nnx.layers import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
-from dropjax.nnx.learned import ConcreteDropout as ConcreteDropout
-from dropjax.nnx.learned import SparseVariationalDense as SparseVariationalDense
-from dropjax.nnx.learned import VariationalDense as VariationalDense
-from dropjax.nnx.learned import VariationalGaussianDropout as VariationalGaussianDropout
+from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
+from dropjax.nnx.layers import *  # noqa: F403  # likewise
+from dropjax.nnx.learned import *  # noqa: F403  # likewise
 from dropjax.nnx.monte_carlo import mc_view as mc_view
 from dropjax.nnx.replace import replace_flax as replace_flax
 from dropjax.nnx.wrappers import *  # noqa: F403  # likewise

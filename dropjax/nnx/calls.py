@@ -105,3 +105,6 @@ class Standout(Layer):
         key = self._key(inputs, deterministic, rngs)
         place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
         return self._function(key, inputs, logits, alpha=self.alpha, beta=self.beta, **place)
+
+
+__all__ = ["Standout", "TokenDropout"]

@@ -203,3 +203,6 @@ class SparseVariationalDense(_Dense):
     def log_alpha_of_weights(self) -> Array:
         """Returns the log variance of the noise relative to the kernel."""
         return variational.sparse_log_alpha(self.kernel[...], self._noise_of_weights())
+
+
+__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
