@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 from dropjax.functional import adaptive, sequences
 from dropjax.linen.base import Layer
 
+__all__ = ["Standout", "TokenDropout"]
+
 
 class TokenDropout(Layer):
     """`dropjax.token_dropout` as a layer: removes tokens, and says which are left.
@@ -101,6 +103,3 @@ class Standout(Layer):
         key = self.make_rng(self.rng_collection) if rng is None else rng
         place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
         return self._function(key, inputs, logits, **affine, **place)
-
-
-__all__ = ["Standout", "TokenDropout"]

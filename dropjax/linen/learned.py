@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 from dropjax.functional import divergences, learned, variational
 from dropjax.linen.base import Layer
 
+__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
+
 
 class ConcreteDropout(Layer):
     """`dropjax.concrete_dropout` as a layer: the logit of its rate is the parameter `rate_logit`.
@@ -185,6 +187,3 @@ class SparseVariationalDense(_Dense):
 
     def _log_alpha(self, kernel: Array, noise: Array) -> Array:
         return variational.sparse_log_alpha(kernel, noise)
-
-
-__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]

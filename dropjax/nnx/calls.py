@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from dropjax.functional import adaptive, sequences
 from dropjax.nnx.base import Layer
 
+__all__ = ["Standout", "TokenDropout"]
+
 
 @nnx.dataclass(eq=False)
 class TokenDropout(Layer):
@@ -105,6 +107,3 @@ class Standout(Layer):
         key = self._key(inputs, deterministic, rngs)
         place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
         return self._function(key, inputs, logits, alpha=self.alpha, beta=self.beta, **place)
-
-
-__all__ = ["Standout", "TokenDropout"]

@@ -17,6 +17,8 @@ from jax.typing import ArrayLike
 from dropjax.functional import divergences, learned, variational
 from dropjax.nnx.base import Layer
 
+__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
+
 
 @nnx.dataclass(eq=False)
 class ConcreteDropout(Layer):
@@ -203,6 +205,3 @@ class SparseVariationalDense(_Dense):
     def log_alpha_of_weights(self) -> Array:
         """Returns the log variance of the noise relative to the kernel."""
         return variational.sparse_log_alpha(self.kernel[...], self._noise_of_weights())
-
-
-__all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
