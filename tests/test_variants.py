@@ -87,7 +87,7 @@ def test_jit_equals_eager(variant, key):
 
 
 @every
-@pytest.mark.parametrize("rate", [0.0, 0.1, 1 / 3, 0.5, 0.999])
+@pytest.mark.parametrize("rate", [0.0, 1 / 3, 0.999])
 def test_traced_rate_equals_number(variant, key, rate):
     x = inputs()
     traced = jax.jit(lambda rate: draw(variant, key, x, rate))(jnp.float32(rate))
@@ -130,16 +130,14 @@ def test_values_and_gradients_are_finite_at_the_limits(variant, key):
 
 
 @having("range")
-@pytest.mark.parametrize("rate", [np.nan, -0.5, 1.5, np.inf])
-def test_traced_rate_out_of_range_is_nan(variant, key, rate):
-    x = inputs()
-    assert jnp.isnan(jax.jit(lambda rate: draw(variant, key, x, rate))(jnp.float32(rate))).all()
-    if variant.whole_rate == (1, 1, 1):
-        return
-    per_example = jnp.full((5, 1, 1), 0.5).at[2].set(rate)
-    y = jax.jit(lambda rate: draw(variant, key, x, rate))(per_example)
-    assert jnp.isnan(y[2]).all()
-    assert jnp.isfinite(y[:2]).all()
+def test_traced_rate_out_of_range_is_nan(variant, key):
+    x, call = inputs(), jax.jit(lambda key, x, rate: draw(variant, key, x, rate))
+    for rate in [np.nan, -0.5, 1.5, np.inf]:
+        assert jnp.isnan(call(key, x, jnp.float32(rate))).all()
+        if variant.whole_rate != (1, 1, 1):
+            y = call(key, x, jnp.full((5, 1, 1), 0.5).at[2].set(rate))
+            assert jnp.isnan(y[2]).all()
+            assert jnp.isfinite(y[:2]).all()
 
 
 @having("linear")
