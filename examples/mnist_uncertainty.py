@@ -188,7 +188,7 @@ def draw(clean: dict[str, mc.Classification], test: Split, entropies: Any, path:
             plots.reliability(of.probabilities, test.labels, label=name, color=COLORS[name], ax=axes[0])
         for ax, name in zip(axes[1:], list(clean)[1:], strict=True):
             plots.entropies(clean[name].predictive_entropy, entropies[name, "rotated by 90°"], log=True, ax=ax)
-            ax.set_title(f"Digits and rotated digits, {name.lower()}", size=12)
+            ax.set_title(f"Digits and rotated digits: {name}", size=12)
         figure.savefig(path, dpi=150)
 
 

@@ -238,7 +238,7 @@ def draw(found: dict[str, Any], rows: dict[str, Any], name: str, path: Path) -> 
                 np.random.default_rng(0).uniform(-0.12, 0.12, len(values)), values, "o", color=PALE, ms=8, mec="white"
             )
             ax.errorbar(0, of["mean"], of["error"], fmt="o", color=OURS, ms=9, lw=3)
-            ax.annotate("dropjax", (0.02, of["mean"]), (18, -4), textcoords="offset points", color=OURS, weight="bold")
+            ax.annotate("dropjax", (0.15, of["mean"]), (6, -4), textcoords="offset points", color=OURS, weight="bold")
             if "paper" in of:
                 ax.errorbar(0.6, *of["paper"], fmt="o", color=PAPERS, ms=9, lw=3)
                 ax.annotate(
