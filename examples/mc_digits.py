@@ -159,7 +159,10 @@ def measure(predictions: dict[str, Prediction], labels: np.ndarray) -> dict[str,
 def compare(predictions: dict[str, Prediction], labels: np.ndarray) -> dict[str, dict[str, float]]:
     """Returns and prints the numbers, with standard errors of their differences by a bootstrap over the digits."""
     resampled = np.random.default_rng(0).integers(len(labels), size=(100, len(labels)))
-    replicas = [measure(jax.tree.map(lambda of, rows=rows: of[rows], predictions), labels[rows]) for rows in resampled]
+    replicas = [
+        measure(jax.tree.map(lambda of, r=rows: of[r] if of.ndim else of, predictions), labels[rows])
+        for rows in resampled
+    ]
     results = {}
     print(f"{len(labels)} test digits{'':<24}deterministic  Monte Carlo   difference ± s.e.")
     for name, (usual, ours) in measure(predictions, labels).items():
