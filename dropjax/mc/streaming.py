@@ -99,22 +99,27 @@ def fold(
     Returns:
       The summary and how many samples it is of, int32.
     """
-    first, starts = passes.chunks()
     size = passes.chunk_size
-    total = summarise(draw(0, first))
 
-    def more(total: Any, count: Array) -> Any:
+    def more(total: Any, count: Any, size: int = size) -> Any:
         return merge(total, count, summarise(draw(count, size)), size)
 
     if finished is None:
+        first, starts = passes.chunks()
+        total = summarise(draw(0, first))
         if len(starts):
             total, _ = lax.scan(lambda total, start: (more(total, start), None), total, starts)
         return total, jnp.int32(passes.num_samples)
+    rest = passes.num_samples % size  # comes last: an error is estimated from full chunks
     total, count = lax.while_loop(
-        lambda state: (state[1] < passes.num_samples) & ~finished(*state),
+        lambda state: (state[1] < passes.num_samples - rest) & ~finished(*state),
         lambda state: (more(*state), state[1] + np.uint32(size)),
-        (total, jnp.uint32(first)),
+        (summarise(draw(0, size)), jnp.uint32(size)),
     )
+    if rest:
+        going = (count == passes.num_samples - rest) & ~finished(total, count)
+        total = lax.cond(going, lambda total: more(total, count, rest), lambda total: total, total)
+        count += going.astype(count.dtype) * np.uint32(rest)
     return total, count.astype(jnp.int32)
 
 
