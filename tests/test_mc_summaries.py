@@ -139,6 +139,28 @@ def test_it_stops_when_it_is_known(key):
         assert (values.std(0) <= 0.05 * 1.5).all()  # few replicas: half as much again
 
 
+def test_a_tolerance_is_looked_at_after_full_chunks():
+    """Two more samples at most do not stop it earlier, though in some the first two agree; the last two do count."""
+
+    def fn(key):
+        return jnp.where(jax.random.bernoulli(key, 0.2), jnp.array([[4.0, 0.0]]), jnp.array([[0.0, 4.0]]))
+
+    @jax.jit
+    @jax.vmap
+    def run(seed):
+        key = jax.random.key(seed)
+        stopped = [mc.classify(fn, key, n, tolerance=0.03) for n in (1000, 1002)]
+        return stopped, mc.classify(fn, key, 12, tolerance=1e-9), mc.classify(fn, key, 12)
+
+    (even, odd), most, whole = run(jnp.arange(8))
+    np.testing.assert_array_equal(even.num_samples, odd.num_samples)
+    np.testing.assert_allclose(even.probabilities, odd.probabilities, atol=1e-6)
+    assert (odd.num_samples % 10 == 0).all()
+    full = np.asarray(most.num_samples) == 12
+    assert full.any()
+    np.testing.assert_allclose(most.probabilities[full], whole.probabilities[full], atol=1e-6)
+
+
 def test_samples_over_a_mesh_are_the_same(key):
     """Samples, the batch, or both over the devices; T not divisible; automatic and explicit axes."""
 

@@ -1,20 +1,22 @@
 """Any Linen model, unchanged, with its dropout on and everything else in evaluation."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax import Array
 from jax.experimental import xla_metadata
 
-from dropjax import _checks, sharding
+from dropjax import _checks, _drawing, sharding
 from dropjax.functional import elementwise
-from dropjax.linen import base, replace
+from dropjax.linen import base, calls, replace, wrappers
 
-_MASKS = ("per_example", "shared")
+_OF_WEIGHTS = (wrappers.DropConnect, wrappers.DropConnectDense, wrappers.LayerDrop, wrappers.WeightDrop)
+"""Layers whose examples share what is drawn anyway."""
+
 _calls = itertools.count()
 
 
@@ -36,12 +38,13 @@ def mc_apply(
     whose `rng_collection` is not in `rngs` draws from the stream `dropout`.
 
     Args:
-      module: a Linen module, not bound.
+      module: a Linen module.
       variables: its variables.
       key: one JAX key.
       args: the arguments of the call.
       masks: `"per_example"`, or `"shared"`: one mask for all examples along dimension 0 of what each layer is given, so
-        that the outputs are those of one function, drawn from the posterior over functions.
+        that the outputs are those of one function, drawn from the posterior over functions. That dimension must be the
+        batch, so not under vmap over it. Standout and the variational dense layers have no masks to share.
       rngs: further streams, for layers that have one of their own.
       method: the method to call, as in `module.apply`.
       kwargs: the keyword arguments of the call.
@@ -57,16 +60,18 @@ def mc_apply(
       >>> x = jnp.ones((2, 3))
       >>> y = mc_apply(model, model.init(jax.random.key(0), x), jax.random.key(1), x)
     """
-    if masks not in _MASKS:
-        raise ValueError(f"mc_apply: masks must be one of {_MASKS}, got {_checks.describe(masks)}.")
+    if masks not in _drawing.MASKS:
+        raise ValueError(f"mc_apply: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
     key = _checks.key("mc_apply", key)
     drawn: list[str] = []
+    inside: set[int] = set()  # layers whose call is that of their base
 
     def intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         of, shared = context.module, masks == "shared"
-        plain = isinstance(of, replace.FlaxDropout) and type(of).__call__ is replace.FlaxDropout.__call__
-        if context.method_name == "__call__" and (plain or isinstance(of, base.Bare)):
-            return _draw(of, plain, shared, drawn, *args, **kwargs)
+        if context.method_name == "__call__" and type(of).__call__ is replace.FlaxDropout.__call__:
+            return _draw_flax(of, shared, drawn, *args, **kwargs)
+        if context.method_name == "__call__" and isinstance(of, (base.Bare, *_OF_WEIGHTS)) and id(of) not in inside:
+            return _draw(of, next_method, shared, drawn, inside, args, kwargs)
         if getattr(of, "attention_fn", None) not in (nn.dot_product_attention, replace.attention):
             return next_method(*args, **kwargs)
         own = of.attention_fn
@@ -93,47 +98,73 @@ def _key(module: Any, collection: str) -> Array:
     return module.make_rng(collection if module.has_rng(collection) else "dropout")
 
 
-def _is_zero(rate: Any) -> bool:
-    return isinstance(rate, int | float) and rate == 0
-
-
 def _draw(
     layer: Any,
-    plain: bool,
+    next_method: Callable[..., Any],
+    shared: bool,
+    drawn: list[str],
+    inside: set[int],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """What a layer of dropjax returns, drawn in any case."""
+    call = inspect.signature(type(layer).__call__)
+    if "deterministic" not in call.parameters:  # a subclass, which calls that of its base or does not draw
+        return next_method(*args, **kwargs)
+    given = call.bind(layer, *args, **kwargs)
+    draws = _drawing.draws(layer)
+    given.arguments |= {"deterministic": None, "rng": _key(layer, layer.rng_collection) if draws else None}
+    if draws:
+        drawn.append(type(layer).__name__)
+        if shared and not isinstance(layer, _OF_WEIGHTS) and not _drawing.is_shared(layer, given.arguments["inputs"]):
+            if type(layer).__call__ not in (base.Bare.__call__, calls.TokenDropout.__call__):
+                raise _drawing.unshared("mc_apply", layer)
+            return _draw_shared(layer, layer._function, given)
+    own = layer.deterministic
+    object.__setattr__(layer, "deterministic", not draws)  # a bound module is frozen, as for attention
+    inside.add(id(layer))
+    try:
+        return next_method(*given.args[1:], **given.kwargs)
+    finally:
+        object.__setattr__(layer, "deterministic", own)
+        inside.remove(id(layer))
+
+
+def _draw_shared(layer: Any, function: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+    rate, options = sharding.fields(function)
+    fields = {option: getattr(layer, option) for option in options}
+    draw = functools.partial(_with_rate, function, given.arguments["rng"], getattr(layer, rate), fields)
+    return _drawing.of_rows("mc_apply", layer, draw, given.arguments["inputs"], dict(given.kwargs))
+
+
+def _with_rate(function: Callable[..., Any], key: Array, rate: Any, fields: dict, inputs: Array, **place: Any) -> Any:
+    return function(key, inputs, rate, **fields, **place)
+
+
+def _draw_flax(
+    layer: Any,
     shared: bool,
     drawn: list[str],
     inputs: Any,
     deterministic: bool | None = None,
     rng: Array | None = None,
-    **place: Any,
-) -> Any:
-    """What a layer of dropout returns, drawn in any case."""
-    if plain:
-        function: Callable[..., Array] = elementwise.dropout
-        rate, fields = layer.rate, {"broadcast_dims": layer.broadcast_dims}
-    else:
-        function = layer._function
-        name, options = sharding.fields(function)
-        rate, fields = getattr(layer, name), {option: getattr(layer, option) for option in options}
-    if _is_zero(rate):
+) -> Array:
+    """What Flax's dropout returns, drawn in any case, as ours."""
+    if _drawing.is_zero(layer.rate):
         return inputs
     drawn.append(type(layer).__name__)
+    fields = {"broadcast_dims": layer.broadcast_dims}
     key = _key(layer, layer.rng_collection)
-    if not shared:
-        return function(key, inputs, rate, **fields, **place)
-    indices = place.pop("indices", None)
-
-    def of_one(row: Array, index: Array | None) -> Array:
-        place_of_one = place if index is None else {**place, "indices": index[None]}
-        return function(key, row[None], rate, **fields, **place_of_one)[0]
-
-    return jax.vmap(of_one, in_axes=(0, None if indices is None else 0))(inputs, indices)
+    draw = functools.partial(_with_rate, elementwise.dropout, key, layer.rate, fields)
+    return _drawing.of_rows("mc_apply", layer, draw, inputs, {}) if shared else draw(inputs)
 
 
 def _attend(module: Any, shared: bool, drawn: list[str], *args: Any, **options: Any) -> Array:
     """Flax's attention with dropout on its weights in any case."""
-    if _is_zero(options.get("dropout_rate", 0.0)):
+    if _drawing.is_zero(options.get("dropout_rate", 0.0)):
         return nn.dot_product_attention(*args, **options)
+    if shared:
+        _drawing.batched("mc_apply", type(module).__name__, args[0], 4)
     drawn.append(type(module).__name__)
     key = _key(module, "dropout")
     return replace.attention(*args, **{**options, "deterministic": False, "dropout_rng": key}, share_batch=shared)

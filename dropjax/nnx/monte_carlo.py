@@ -8,14 +8,19 @@ import jax
 from flax import nnx
 from jax import Array
 
-from dropjax import _checks, sharding
-from dropjax.nnx.base import FlaxDropout, Layer
+from dropjax import _checks, _drawing
+from dropjax.nnx.base import FlaxDropout, Stochastic
+from dropjax.nnx.calls import Standout
 from dropjax.nnx.layers import Dropout
+from dropjax.nnx.learned import SparseVariationalDense, VariationalDense
 from dropjax.nnx.replace import Attention
+from dropjax.nnx.wrappers import DropConnect, LayerDrop, WeightDrop
 
 _Model = TypeVar("_Model", bound=nnx.Module)
-_MASKS = ("per_example", "shared")
 _OVERRULED = ("deterministic", "rngs")
+_UNSHARED = (Standout, SparseVariationalDense, VariationalDense)
+_OF_WEIGHTS = (DropConnect, LayerDrop, WeightDrop)
+"""Layers whose examples share what is drawn anyway."""
 
 
 def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model:
@@ -29,7 +34,8 @@ def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model
       module: an `nnx.Module`.
       key: one JAX key.
       masks: `"per_example"`, or `"shared"`: one mask for all examples along dimension 0 of what each layer is given, so
-        that the outputs are those of one function, drawn from the posterior over functions.
+        that the outputs are those of one function, drawn from the posterior over functions. That dimension must be the
+        batch, so not under vmap over it. Standout and the variational dense layers have no masks to share.
 
     Returns:
       The copy, to be called as for evaluation.
@@ -41,28 +47,34 @@ def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, deterministic=True))
       >>> y = mc_view(model, jax.random.key(1))(jnp.ones((2, 3)))
     """
-    if masks not in _MASKS:
-        raise ValueError(f"mc_view: masks must be one of {_MASKS}, got {_checks.describe(masks)}.")
+    if masks not in _drawing.MASKS:
+        raise ValueError(f"mc_view: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
     key = _checks.key("mc_view", key)
     copy = nnx.clone(module)
     copy.eval()
-    found = 0
+    found, shared = 0, masks == "shared"
     for _, of in nnx.iter_modules(copy):
         attention = isinstance(of, nnx.MultiHeadAttention) and (
             of.attention_fn is nnx.dot_product_attention or isinstance(of.attention_fn, Attention)
         )
-        layer = type(of) is FlaxDropout or isinstance(of, Layer)
+        flax = type(of).__call__ is FlaxDropout.__call__
         any_of: Any = of
-        if not (attention or layer) or _is_zero(any_of.dropout_rate if attention else _rate(any_of)):
+        if attention:
+            if _drawing.is_zero(any_of.dropout_rate):
+                continue
+        elif not (flax or isinstance(of, Stochastic)) or not _drawing.draws(of):
             continue
         any_of.rngs = _stream(any_of, "dropout" if attention else any_of.rng_collection, jax.random.fold_in(key, found))
         if attention:
-            any_of.attention_fn = Attention("mix", share_batch=masks == "shared")
-            any_of.__class__ = _drawing(_attend, type(of))
+            any_of.attention_fn = Attention("mix", share_batch=shared)
+            any_of.__class__ = _drawing_class(_attend, type(of))
         else:
-            if type(of) is FlaxDropout:
+            if flax:
                 any_of.__class__, any_of.generator, any_of.sharded_dims = Dropout, "mix", None
-            any_of.__class__ = _drawing(_draw_shared if masks == "shared" else _draw, type(of))
+            if shared and isinstance(of, _UNSHARED):
+                raise _drawing.unshared("mc_view", of)
+            rows = shared and not isinstance(of, _OF_WEIGHTS)
+            any_of.__class__ = _drawing_class(_draw_shared if rows else _draw, type(of))
         found += 1
     if not found:
         raise ValueError(
@@ -70,14 +82,6 @@ def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model
             "or plain code, takes its key as in training."
         )
     return copy
-
-
-def _rate(layer: Any) -> Any:
-    return layer.rate if type(layer) is FlaxDropout else getattr(layer, sharding.fields(layer._function)[0])
-
-
-def _is_zero(rate: Any) -> bool:
-    return isinstance(rate, int | float) and rate == 0
 
 
 def _stream(module: Any, collection: str, key: Array) -> Any:
@@ -88,29 +92,28 @@ def _stream(module: Any, collection: str, key: Array) -> Any:
     return nnx.data(nnx.RngStream(key, tag=collection))
 
 
-def _draw(own: Callable[..., Array], layer: Any, inputs: Array, **options: Any) -> Array:
+def _draw(own: Callable[..., Any], layer: Any, *args: Any, **options: Any) -> Any:
     place = {name: value for name, value in options.items() if name not in _OVERRULED}
-    return own(layer, inputs, deterministic=False, rngs=layer.rngs(), **place)
+    return own(layer, *args, deterministic=False, rngs=layer.rngs(), **place)
 
 
-def _draw_shared(own: Callable[..., Array], layer: Any, inputs: Array, **options: Any) -> Array:
+def _draw_shared(own: Callable[..., Any], layer: Any, inputs: Array, **options: Any) -> Any:
+    if _drawing.is_shared(layer, inputs):
+        return _draw(own, layer, inputs, **options)
     place = {name: value for name, value in options.items() if name not in _OVERRULED}
-    key, indices = layer.rngs(), place.pop("indices", None)
-
-    def of_one(row: Array, index: Array | None) -> Array:
-        place_of_one = place if index is None else {**place, "indices": index[None]}
-        return own(layer, row[None], deterministic=False, rngs=key, **place_of_one)[0]
-
-    return jax.vmap(of_one, in_axes=(0, None if indices is None else 0))(inputs, indices)
+    draw = functools.partial(own, layer, deterministic=False, rngs=layer.rngs())
+    return _drawing.of_rows("mc_view", layer, draw, inputs, place)
 
 
-def _attend(own: Callable[..., Array], layer: Any, *args: Any, **options: Any) -> Array:
+def _attend(own: Callable[..., Array], layer: Any, inputs: Array, *args: Any, **options: Any) -> Array:
     rest = {name: value for name, value in options.items() if name not in _OVERRULED}
-    return own(layer, *args, deterministic=False, rngs=layer.rngs, **rest)
+    if layer.attention_fn.share_batch:
+        _drawing.batched("mc_view", type(layer).__name__, inputs, 3)
+    return own(layer, inputs, *args, deterministic=False, rngs=layer.rngs, **rest)
 
 
 @functools.cache
-def _drawing(call: Callable[..., Array], kind: type) -> type:
+def _drawing_class(call: Callable[..., Array], kind: type) -> type:
     """A class of layers that draw in any case; the layout is that of the layer's own class."""
     own = kind.__call__
 
