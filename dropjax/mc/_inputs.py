@@ -23,8 +23,8 @@ def widen(*arrays: Array) -> tuple[Array, ...]:
 
 def classes(function: str, probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """Checks probabilities `[n, classes]` and labels `[n]`."""
-    labelled(function, "probabilities", probabilities, labels, (2,))
-    return simplex(function, probabilities), jnp.asarray(labels)
+    y = labelled(function, "probabilities", probabilities, labels, (2,))
+    return simplex(function, probabilities), y
 
 
 def simplex(function: str, probabilities: ArrayLike) -> Array:
@@ -67,7 +67,7 @@ def is_label(labels: Array, predictions: Array) -> Array:
 
 def at_label(values: Array, labels: Array) -> Array:
     """Returns the value of the true class, `[..., n]` of `[..., n, classes]`; of some class where there is none."""
-    index = jnp.clip(labels, 0, values.shape[-1] - 1).astype(jnp.int32)
+    index = jnp.clip(labels, 0, values.shape[-1] - 1)
     index = jnp.broadcast_to(index.reshape((1,) * (values.ndim - 2) + (-1, 1)), (*values.shape[:-1], 1))
     return jnp.take_along_axis(values, index, -1)[..., 0]
 
@@ -77,8 +77,8 @@ def _good(p: Any, dtype: Any) -> tuple[Any, Any]:
     return ((p >= 0) & (p <= 1.001)).all(-1), abs(p.sum(-1) - 1) <= slack
 
 
-def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> None:
-    """Checks floats `[..., n, classes]` and labels `[n]`."""
+def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> Array:
+    """Checks floats `[..., n, classes]` and labels `[n]`; returns the labels as int32, -1 where they are none."""
     x, y = jnp.asarray(predictions), jnp.asarray(labels)
     got = f"got {_checks.describe(x)} and {_checks.describe(y)}."
     if x.ndim not in ranks or y.shape != x.shape[-2:-1]:
@@ -98,6 +98,10 @@ def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike
             raise ValueError(
                 f"{function}: labels must be in [0, {x.shape[-1]}), got {wrong[0]}. Leave out the examples without one."
             )
+    if y.dtype.itemsize < 4:  # which may not hold the number of classes
+        y = y.astype(jnp.int32)
+    right = (y >= 0) & (y < x.shape[-1])
+    return jnp.where(right, jnp.where(right, y, 0).astype(jnp.int32), -1)
 
 
 def numbers(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:

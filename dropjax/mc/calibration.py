@@ -43,7 +43,7 @@ def reliability(
       binning: `"equal_width"` over [0, 1], or `"equal_mass"`.
 
     Returns:
-      `Reliability`; NaN where traced probabilities or labels are out of range.
+      `Reliability`; confidence and accuracy are NaN in all bins where traced probabilities or labels are out of range.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
@@ -151,5 +151,5 @@ def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Rel
     block = jnp.arange(n) // 4096
     total = jnp.zeros((n // 4096 + 1, num_bins), jnp.float32).at[block, bins].add(confidence).sum(0)
     in_bin = jnp.maximum(size, 1).astype(jnp.float32)
-    empty = jnp.where(size > 0, 0, jnp.nan)
+    empty = jnp.where((size > 0) & ~jnp.isnan(confidence).any(), 0, jnp.nan)
     return Reliability(total / in_bin + empty, hits.astype(jnp.float32) / in_bin + empty, size)

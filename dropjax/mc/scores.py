@@ -98,9 +98,9 @@ def _of_logits(logits: Array, labels: Array) -> Array:
 
 def check_logits(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """Checks logits and labels; returns the former wide, and of shape `[T, n, classes]`."""
-    _inputs.labelled(function, "logits", logits, labels, (2, 3))
+    y = _inputs.labelled(function, "logits", logits, labels, (2, 3))
     (z,) = _inputs.widen(jnp.asarray(logits))
-    return z.reshape(-1, *z.shape[-2:]), jnp.asarray(labels)
+    return z.reshape(-1, *z.shape[-2:]), y
 
 
 def log_likelihood(logits: Array, labels: Array) -> Array:

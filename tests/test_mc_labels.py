@@ -1,0 +1,44 @@
+"""Judging uncertainty at the ends of what numbers hold: narrow labels, infinities, and what is wrong under jit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dropjax import mc
+
+RNG = np.random.default_rng(0)
+MANY = RNG.dirichlet(np.ones(300), 40).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.uint32])
+def test_labels_of_any_integer_dtype(dtype):
+    """With more classes than a narrow dtype can count they are the same labels; -1 and 2^32 - 1 are none."""
+    labels = RNG.integers(0, 127, 40)
+
+    @jax.jit
+    def judge(labels):
+        scores = [mc.brier(MANY, labels), mc.negative_log_likelihood(MANY, labels)]
+        logits = jnp.log(MANY)
+        scores += [mc.negative_log_likelihood(logits, labels, logits=True), mc.calibration_error(MANY, labels)]
+        fitted = mc.fit_temperature(logits, labels).temperature
+        return *scores, fitted, mc.conformal_scores(MANY, labels).mean(), mc.reliability(MANY, labels).accuracy
+
+    expected = jax.tree.leaves(judge(labels.astype(np.int32)))
+    for found, other in zip(judge(labels.astype(dtype)), expected, strict=True):
+        np.testing.assert_allclose(found, other, rtol=1e-6)
+    np.testing.assert_allclose(mc.brier(MANY, labels.astype(dtype)), expected[0], rtol=1e-6)
+    if dtype in (np.int8, np.uint32):
+        wrong = labels.astype(dtype)
+        wrong[3] = np.array(-1).astype(dtype)
+        assert all(jnp.isnan(of).all() for of in judge(wrong))
+
+
+def test_a_diagram_of_what_is_wrong_has_no_numbers():
+    for p, labels in [(MANY, jnp.zeros(40, int).at[3].set(-1)), (jnp.asarray(MANY).at[3].mul(3), jnp.zeros(40, int))]:
+        bins = jax.jit(mc.reliability)(p, labels)
+        assert jnp.isnan(bins.confidence).all()
+        assert jnp.isnan(bins.accuracy).all()
+        assert all(
+            jnp.isnan(jax.jit(lambda p, y, n=n: mc.calibration_error(p, y, norm=n))(p, labels)) for n in ("l1", "max")
+        )
