@@ -81,6 +81,35 @@ def test_regress_where_densities_underflow_and_outputs_are_bad(key):
     assert jnp.isnan(bad.quantiles).all()
 
 
+def test_what_is_invalid_is_nan_and_nothing_else(key):
+    """Outputs: good, infinite, too large to sum, of variance 0, of a NaN target."""
+
+    def fn(key):
+        sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+        means = jnp.array([0.0, 1.0, 3e38, 1.0, 1.0]) * sign + jnp.array([0.0, jnp.inf, 0, 0, 0])
+        return means, jnp.array([1.0, 1.0, 1.0, 0.0, 1.0])
+
+    @jax.jit
+    def run(key, precision):
+        targets = jnp.array([0.0] * 4 + [jnp.nan])
+        plain = mc.regress(lambda key: fn(key)[0][:1], key, 8, targets=targets[:1], precision=precision)
+        return mc.regress(fn, key, 8, targets=targets, quantiles=[0.5], chunk_size=3), mc.regress(fn, key, 8), plain
+
+    summary, without, bad = run(key, -1.0)
+    np.testing.assert_array_equal(summary.invalid, [False, True, True, True, False])
+    for field in [summary.mean, summary.epistemic, summary.aleatoric, summary.total, summary.quantiles[0]]:
+        np.testing.assert_array_equal(jnp.isnan(field), summary.invalid)
+    np.testing.assert_array_equal(jnp.isnan(summary.log_likelihood), [False, True, True, True, True])
+    np.testing.assert_allclose(summary.log_likelihood[0], stats.norm.logpdf(0), rtol=1e-6)
+    np.testing.assert_array_equal(without.invalid, [False, True, True, False, False])
+    assert bad.invalid.all()
+    assert jnp.isnan(jnp.stack([bad.mean, bad.aleatoric, bad.total, bad.log_likelihood])).all()
+    wide = jax.jit(lambda key: mc.regress(lambda _: (jnp.zeros(1), jnp.full(1, 3e38)), key, 1, targets=jnp.zeros(1)))
+    np.testing.assert_allclose(wide(key).log_likelihood, stats.norm.logpdf(0, scale=np.sqrt(3e38)), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"regress: precision must be positive, from 1.18e-38 .* got 1e-39"):
+        mc.regress(lambda key: fn(key)[0], key, 8, precision=1e-39)
+
+
 def test_memory_is_that_of_a_chunk(key):
     x = jnp.ones((256, 64))
 
@@ -232,7 +261,7 @@ BAD = {
     "targets must have the shape": lambda key: mc.regress(means, key, 5, targets=X[:, 0], precision=1.0),
     "precision must be given with targets": lambda key: mc.regress(means, key, 5, targets=X @ W),
     "precision must be None where": lambda key: mc.regress(lambda k: (means(k), means(k)), key, 5, precision=1.0),
-    "precision must be positive, got 0": lambda key: mc.regress(means, key, 5, precision=0),
+    "precision must be positive, from .* got 0": lambda key: mc.regress(means, key, 5, precision=0),
     "precision must broadcast": lambda key: mc.regress(means, key, 5, precision=jnp.ones(7)),
     "quantiles must be numbers in": lambda key: mc.regress(means, key, 5, quantiles=[50]),
     "event_dims must be at most": lambda key: mc.regress(means, key, 5, event_dims=3),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dropjax import _checks
-from dropjax.mc import sampling, streaming
+from dropjax.mc import _inputs, sampling, streaming
 from dropjax.mc.streaming import LogSum, Moments
 
 _BINS, _PASSES = 64, 2
@@ -29,11 +29,14 @@ class Regression(NamedTuple):
     total: Array
     """Variance of the equal mixture of the samples: epistemic plus what is known of aleatoric, `[...]`."""
     log_likelihood: Array | None
-    """Log of the mixture's density at the targets, `[...]` without the event dimensions; None without targets."""
+    """Log of the mixture's density at the targets, `[...]` without the event dimensions; None without targets.
+
+    NaN where a target is, or where one of the event's outputs is invalid."""
     quantiles: Array | None
     """Of the samples' means, `[quantiles, ...]`; None if none are asked for."""
     invalid: Array
-    """Whether a sample was NaN or infinite, or its variance negative, bool `[...]`."""
+    """Whether a sample was NaN or infinite, its variance negative (with targets, also 0), or too large to sum, bool
+    `[...]`; the rest is NaN there."""
     num_samples: Array
     """T, how many samples were drawn, int32 scalar."""
 
@@ -76,7 +79,7 @@ def regress(
       num_samples: T, at least 1; with a tolerance the most that are drawn.
       targets: float `[...]`, of exactly the shape of the means.
       precision: of the observations, the inverse of their variance, positive; a number or an array that broadcasts
-        against the means. For an fn that returns means only.
+        against the means. For an fn that returns means only. A traced one out of range makes the summary invalid.
       event_dims: how many trailing dimensions make one target, whose density is the product over them.
       quantiles: numbers in `[0, 1]`.
       chunk_size: how many samples are computed at a time; memory is O(chunk_size); None for all, or 10 with a
@@ -121,8 +124,9 @@ def regress(
             variances = jnp.where(variances >= 0, variances, np.nan).astype(dtype)
         density = None
         if targets is not None:
-            one_over = _inverse_variance(variances, precision)
-            logs = 0.5 * (jnp.log(one_over) - np.log(2 * np.pi) - one_over * jnp.square(targets[None] - means))
+            scale, log_variance = _scale(variances, precision)
+            logs = -0.5 * (log_variance + np.log(2 * np.pi) + jnp.square((targets[None] - means) * scale))
+            invalid |= jnp.isnan(logs) & ~jnp.isnan(targets)[None]
             density = streaming.log_sum(logs.sum(tuple(range(logs.ndim - event_dims, logs.ndim))))
         variance = None if variances is None else variances.mean(0)
         low, high = (lax.stop_gradient(of) for of in (means.min(0), means.max(0)))
@@ -143,19 +147,34 @@ def regress(
         epistemic = sums.mean.squares / n
         aleatoric = sums.variance if precision is None else jnp.broadcast_to(1 / precision, shape)
         total = epistemic if aleatoric is None else epistemic + aleatoric
-        density = None if sums.density is None else sums.density.value - jnp.log(n)
-        return Regression(sums.mean.mean, epistemic, aleatoric, total, density, found, sums.invalid, count)
+        invalid = sums.invalid | ~jnp.isfinite(sums.mean.mean) | ~jnp.isfinite(total)
+
+        def valid(value: Array) -> Array:
+            return jnp.where(invalid, np.nan, value)
+
+        mean, epistemic, total = valid(sums.mean.mean), valid(epistemic), valid(total)
+        aleatoric = None if aleatoric is None else valid(aleatoric)
+        density = None
+        if sums.density is not None:
+            of_event = invalid.any(tuple(range(len(shape) - event_dims, len(shape))))
+            density = jnp.where(of_event, np.nan, sums.density.value - jnp.log(n))
+        found = None if found is None else jnp.where(invalid[None], np.nan, found)
+        return Regression(mean, epistemic, aleatoric, total, density, found, invalid, count)
 
     summary = passes.run(compute)
-    if message := streaming.warn_of("regress", summary.invalid, "what is not finite, or a negative variance,"):
+    if message := streaming.warn_of(
+        "regress", summary.invalid, "what is not finite, or too large, or a variance that is not positive,"
+    ):
         warnings.warn(message, stacklevel=2)
     return summary
 
 
-def _inverse_variance(variances: Array | None, precision: Array | None) -> Array:
+def _scale(variances: Array | None, precision: Array | None) -> tuple[Array, Array]:
+    """One over the standard deviation, and the log of the variance."""
     if variances is not None:
-        return 1 / variances
-    return jnp.asarray(precision)[None]
+        return 1 / jnp.sqrt(variances), jnp.log(variances)
+    of_all = jnp.asarray(precision)[None]
+    return jnp.sqrt(of_all), -jnp.log(of_all)
 
 
 def _merge(one: _Sums, m: Array, other: _Sums, n: int) -> _Sums:
@@ -197,7 +216,7 @@ def _quantiles(
         index = (counts < rank[None]).sum(0, dtype=jnp.int32).astype(low.dtype)
         low, high = low + (high - low) * (index / _BINS), low + (high - low) * ((index + 1) / _BINS)
     found = jnp.where(rank == count, sums.high[None], low + (high - low) / 2)
-    return jnp.where(sums.invalid[None], np.nan, jnp.where(rank == 1, sums.low[None], found))
+    return jnp.where(rank == 1, sums.low[None], found)
 
 
 def _shapes(shapes: Any) -> tuple[tuple[int, ...], Any, bool]:
@@ -226,13 +245,18 @@ def _observations(
             raise ValueError(f"regress: targets must have the shape {shape} of the means, got {targets.shape}.")
         targets = targets.astype(dtype)
     if precision is not None:
-        if not _checks.is_traced(precision) and not (np.asarray(precision, np.float64) > 0).all():
-            raise ValueError(f"regress: precision must be positive, got {np.min(np.asarray(precision))}.")
+        limits = np.finfo(dtype)
+        _inputs.require(
+            "regress",
+            f"precision must be positive, from {limits.tiny:.3g} to {limits.max:.3g} in {dtype.name}, {{got}}",
+            precision,
+            lambda of: (of >= limits.tiny) & (of <= limits.max),
+        )
         precision = jnp.asarray(precision).astype(dtype)
         fits = zip(reversed(precision.shape), reversed(shape), strict=False)
         if precision.ndim > len(shape) or any(n not in (1, m) for n, m in fits):
             raise ValueError(f"regress: precision must broadcast against {shape}, got shape {precision.shape}.")
-        precision = jnp.where(precision > 0, precision, np.nan)
+        precision = jnp.where((precision >= limits.tiny) & (precision <= limits.max), precision, np.nan)
         precision = precision.reshape((1,) * (len(shape) - precision.ndim) + precision.shape)
     return targets, precision
 
