@@ -103,9 +103,15 @@ def classify(
         chunk_size = streaming.CHUNK
     passes = sampling.prepare("classify", fn, key, num_samples, chunk_size, mesh, axes)
     logits = passes.shapes
-    if not _checks.is_array(logits) or not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim < 1:
+    if (
+        not _checks.is_array(logits)
+        or not jnp.issubdtype(logits.dtype, jnp.floating)
+        or logits.ndim < 1
+        or not logits.shape[-1]
+    ):
         raise TypeError(
-            f"classify: fn must return logits, a float array [..., classes], got {_checks.describe(logits)}."
+            "classify: fn must return logits, a float array [..., classes] of at least one class, got "
+            f"{_checks.describe(logits)}."
         )
 
     finished = streaming.within(tolerance, lambda sums, count: _error(sums, count, statistic))

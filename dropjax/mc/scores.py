@@ -250,10 +250,12 @@ def crps_gaussian(mean: ArrayLike, std: ArrayLike, targets: ArrayLike) -> Array:
 
 @jax.jit
 def _crps_gaussian(m: Array, s: Array, y: Array) -> Array:
-    z = (y - m) / jnp.where(s == 0, 1, s)
+    far = jnp.abs(y - m) > 1e6 * s  # there 2 Φ(z) - 1 is 1, φ(z) is 0, and z may overflow
+    z = jnp.where(far, 0, y - m) / jnp.where(far | (s == 0), 1, s)
     score = s * (
         z * (2 * jax.scipy.stats.norm.cdf(z) - 1)
         + 2 * jax.scipy.stats.norm.pdf(z)
         - 1 / jnp.sqrt(jnp.pi).astype(s.dtype)
     )
-    return jnp.where(s == 0, jnp.abs(y - m), jnp.where(s >= 0, score, jnp.nan)).mean()
+    far_score = jnp.abs(y - m) - s / jnp.sqrt(jnp.pi).astype(s.dtype)
+    return jnp.where(s >= 0, jnp.where(far, far_score, score), jnp.nan).mean()

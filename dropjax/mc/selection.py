@@ -44,7 +44,8 @@ def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
 
     Args:
       uncertainty: real `[n]`, higher where less certain: an entropy, a variance, 1 - confidence.
-      losses: bool or real `[n]`: whether the prediction is wrong, or its loss.
+      losses: bool or real `[n]`: whether the prediction is wrong, or its loss. An infinite one makes the areas
+        infinite, and their difference NaN.
 
     Returns:
       `RiskCoverage`; all NaN where a traced uncertainty or loss is NaN.
@@ -75,12 +76,17 @@ def _risk_coverage(u: Array, loss: Array) -> RiskCoverage:
     missing = jnp.where(jnp.isnan(u).any() | jnp.isnan(loss).any(), jnp.nan, 0).astype(loss.dtype)
     count = jnp.arange(1, len(u) + 1)
 
-    def risk(u: Array) -> Array:
+    def mean(u: Array, loss: Array) -> Array:
         order = jnp.argsort(u)
         u, total = u[order], jnp.concatenate([jnp.zeros(1, loss.dtype), jnp.cumsum(loss[order])])
         first, last = jnp.searchsorted(u, u), jnp.searchsorted(u, u, side="right")
         share = (count - first).astype(loss.dtype) / (last - first).astype(loss.dtype)
-        return (total[first] + share * (total[last] - total[first])) / count.astype(loss.dtype) + missing
+        return (total[first] + share * (total[last] - total[first])) / count.astype(loss.dtype)
+
+    def risk(u: Array) -> Array:
+        endless = jnp.isinf(loss)  # their sums are inf - inf
+        share = mean(u, jnp.where(endless, jnp.sign(loss), 0))
+        return mean(u, jnp.where(endless, 0, loss)) + jnp.where(share == 0, 0, share * jnp.inf) + missing
 
     curve = risk(u)
     aurc = curve.mean()

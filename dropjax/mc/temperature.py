@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -32,8 +33,9 @@ def fit_temperature(
     The negative log likelihood is convex in 1 / temperature, so bisection on its derivative finds the minimum. For
     samples it is that of the mean over samples, mean_t softmax(logits_t / temperature), which need not be
     convex: the best of a grid of temperatures is refined. Fit it on examples that trained nothing. Where all
-    labels have the highest logit the best temperature is 0, and where the logits tell nothing it is infinite: the
-    bound is returned, `at_bound` is True and, outside jit, there is a warning.
+    labels have the highest logit the best temperature is 0, and where labels have low logits more often than high ones
+    it is infinite: the bound is returned, `at_bound` is True and, outside jit, there is a warning. Where all logits of
+    an example are equal every temperature is as good; if all examples are such, the lower bound is returned.
 
     Args:
       logits: float `[n, classes]`, or those of T samples, `[T, n, classes]`. For mean probabilities pass their log.
@@ -56,11 +58,12 @@ def fit_temperature(
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
     z, labels = scores.check_logits("fit_temperature", logits, labels)
-    low, high = bounds
-    if not 0 < low < high < float("inf"):
+    real = isinstance(bounds, tuple | list) and all(isinstance(of, int | float | np.number) for of in bounds)
+    if not real or len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf"):
         raise ValueError(f"fit_temperature: bounds must be two numbers, 0 < low < high, got {bounds}.")
-    log_bounds = jnp.log(jnp.array([low, high], z.dtype))
-    temperature, at_bound, impossible = _fit(z, labels, log_bounds)
+    ends = jnp.array(bounds, z.dtype)
+    temperature, at_bound, impossible = _fit(z, labels, jnp.log(ends))
+    temperature = jnp.clip(temperature, *ends)  # the exponential of a logarithm may be rounded past it
     if _inputs.is_known(impossible) and bool(impossible):
         raise ValueError(
             "fit_temperature: labels must have a logit above -inf, got -inf at one of them: no temperature gives it a "
@@ -77,8 +80,10 @@ def fit_temperature(
 
 @jax.jit
 def _fit(logits: Array, labels: Array, bounds: Array) -> tuple[Array, Array, Array]:
-    logits = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
     never = jnp.isneginf(logits)  # -inf stays so at any temperature, and its derivative is 0
+    lowest = -jnp.finfo(logits.dtype).max
+    away = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
+    logits = jnp.where(jnp.isneginf(away) & ~never, lowest, away)  # the difference of finite logits may overflow
     finite = jnp.where(never, 0, logits)
 
     def loss(log_temperature: Array) -> Array:

@@ -42,3 +42,33 @@ def test_a_diagram_of_what_is_wrong_has_no_numbers():
         assert all(
             jnp.isnan(jax.jit(lambda p, y, n=n: mc.calibration_error(p, y, norm=n))(p, labels)) for n in ("l1", "max")
         )
+
+
+def test_infinite_losses_and_far_targets():
+    curve = mc.risk_coverage(jnp.array([1.0, 2, 3]), jnp.array([0, np.inf, 1]))
+    np.testing.assert_array_equal(curve.risk, [0, np.inf, np.inf])
+    assert jnp.isposinf(curve.aurc)
+    tied = mc.risk_coverage(jnp.array([1.0, 2, 2, 0]), jnp.array([3, np.inf, 1, 1])).risk
+    np.testing.assert_array_equal(tied, [1, 2, np.inf, np.inf])
+    for std, far in [(1e-30, 1e10), (0.0, 1e10), (0.0, 0.0), (1e-4, 1e3)]:
+        score = mc.crps_gaussian(jnp.zeros(1), jnp.full(1, std), jnp.full(1, far))
+        np.testing.assert_allclose(score, far - std / np.sqrt(np.pi), rtol=1e-6)
+
+
+def test_temperatures_stay_in_their_bounds():
+    """All labels have the highest, or the lowest logit, also where logits differ by more than float32 holds."""
+    for size in [4.0, 3e38]:
+        logits = np.array([[size, -size]] * 4, np.float32)
+        with pytest.warns(UserWarning, match="has no maximum"):
+            low, high = (mc.fit_temperature(logits, np.full(4, k)) for k in (0, 1))
+        assert low.temperature == np.float32(0.01)
+        assert high.temperature == 100
+        assert low.at_bound
+        assert high.at_bound
+    with pytest.warns(UserWarning, match="has no maximum"):
+        assert mc.fit_temperature(np.zeros((4, 2), np.float32), np.zeros(4, int)).temperature == np.float32(0.01)
+    for bounds in [(5.0,), 5.0, ("a", "b"), None]:
+        with pytest.raises(ValueError, match=r"fit_temperature: bounds must be two numbers, 0 < low < high"):
+            mc.fit_temperature(logits, np.zeros(4, int), bounds=bounds)
+    with pytest.raises(TypeError, match=r"classify: fn must return logits, .* of at least one class"):
+        mc.classify(lambda key: jax.random.normal(key, (3, 0)), jax.random.key(0), 2)
