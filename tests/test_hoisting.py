@@ -147,6 +147,20 @@ def test_loops_with_keys_inside(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), samples, loop)
 
 
+def test_references_belong_to_one_sample(key):
+    """One made of what is shared, then written with what is drawn."""
+
+    def fn(key):
+        reference = jax.new_ref(jnp.tanh(X))
+        before = reference[...].sum()
+        reference[...] = before + jax.random.normal(key, X.shape)
+        return before, reference[...]
+
+    samples = jax.jit(lambda key: mc.sample(fn, key, 5, chunk_size=2))(key)
+    loop = jax.tree.map(lambda *of: jnp.stack(of), *[fn(jax.random.fold_in(key, t)) for t in range(5)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), samples, loop)
+
+
 def test_samples_of_samples(key):
     def inner(key):
         return mc.sample(lambda key: drop(key, jnp.tanh(X @ W)), key, 3, chunk_size=2).mean(0)

@@ -2,7 +2,7 @@
 
 An equation of the traced program is shared when no operand depends on the key. Calls that depend on it in part
 (jit, checkpoint, custom_jvp, custom_vjp) are opened and parted in turn; a scan, a while, a cond and a shard_map
-count as one.
+count as one. A reference that the function makes, and what uses it, is made for each sample.
 """
 
 import contextlib
@@ -60,7 +60,8 @@ class Program:
 
     def _part(self, equation: Any) -> None:
         depends = [_is_variable(v) and (v in self._varying or v in self._written) for v in equation.invars]
-        if not any(depends):
+        makes_reference = any(hasattr(v.aval, "inner_aval") for v in equation.outvars)  # samples may write to it
+        if not any(depends) and not makes_reference:
             self.shared.append(Step(equation))
             if equation.primitive.name in VIEWS:
                 self._views[equation.outvars[0]] = equation
