@@ -130,3 +130,33 @@ def test_nnx_layers_are_modules(name):
     layer.rngs = nnx.data(None)
     with pytest.raises(ValueError, match="rngs"):
         layer(x)
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_dense_layers_evaluate_what_they_train_on(name):
+    """In evaluation and at init the checks and the precision are those of the function with noise."""
+    linen, ours = getattr(dropjax.linen, name)(5), getattr(dropjax.nnx, name)(8, 5, rngs=nnx.Rngs(0))
+    x = inputs()
+    variables = linen.init(jax.random.key(0), x, deterministic=True)
+    for run in [
+        lambda x: linen.init(jax.random.key(0), x, deterministic=True),
+        lambda x: linen.apply(variables, x, deterministic=True),
+        lambda x: ours(x, deterministic=True),
+    ]:
+        for dtype in (jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64):
+            with pytest.raises(TypeError, match=f"{ours._function.__name__}: x must be a .*float"):
+                run(jnp.ones((2, 8), dtype))
+        with pytest.raises(ValueError, match="x must have a dimension of features"):
+            run(1.0)
+    with pytest.raises(ValueError, match=r"kernel must be .*, got shape \(8, 5\) for \(2, 7\)"):
+        ours(jnp.ones((2, 7)), deterministic=True)
+    narrow, kernel = x.astype(jnp.bfloat16), ours.kernel[...] + 2.0**-12  # which bfloat16 would round away
+    ours.kernel = nnx.Param(kernel)
+    ours.log_sigma2 = nnx.Param(jnp.full((8, 5), -99.0))  # no weight is noise
+    y = ours(narrow, deterministic=True)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, (narrow.astype(jnp.float32) @ kernel).astype(jnp.bfloat16))
+    if name == "VariationalDense":  # as its docstring says
+        dense = nn.Dense(5, dtype=jnp.float32)
+        flax = dense.apply({"params": {"kernel": kernel, "bias": jnp.zeros(5)}}, x)
+        np.testing.assert_allclose(ours(x, deterministic=True), flax, rtol=1e-5, atol=1e-6)

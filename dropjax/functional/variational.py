@@ -166,14 +166,34 @@ def _weights(
     function: str, x: ArrayLike, kernel: ArrayLike, argument: str, value: ArrayLike
 ) -> tuple[Array, Array, Array]:
     """Returns x, and the kernel and its parameter in the dtype in which products are taken."""
-    x = _checks.array(function, x, real=True)
+    x, kernel = _factors(function, x, kernel)
+    return x, kernel, _parameter(function, argument, value, kernel.shape, kernel.dtype)
+
+
+def without_noise(function: str, x: ArrayLike, kernel: ArrayLike) -> Array:
+    """What a dense layer is in evaluation, checked and rounded as it is with noise."""
+    x, kernel = _factors(function, x, kernel)
+    return (x.astype(kernel.dtype) @ kernel).astype(x.dtype)
+
+
+def _factors(function: str, x: ArrayLike, kernel: ArrayLike) -> tuple[Array, Array]:
+    """Returns x, and the kernel in the dtype in which products are taken."""
+    x = inputs(function, x)
     kernel = _checks.array(function, kernel, real=True, argument="kernel")
-    if x.ndim < 1 or kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
+    if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
         raise ValueError(
             f"{function}: kernel must be [features, outputs] for x of shape [..., features], got shape {kernel.shape} "
             f"for {x.shape}."
         )
-    return x, kernel.astype(masks.wide(x)), _parameter(function, argument, value, kernel.shape, masks.wide(x))
+    return x, kernel.astype(masks.wide(x))
+
+
+def inputs(function: str, x: ArrayLike) -> Array:
+    """Returns the inputs of a dense layer."""
+    x = _checks.array(function, x, real=True)
+    if x.ndim == 0:
+        raise ValueError(f"{function}: x must have a dimension of features, got a scalar.")
+    return x
 
 
 def _parameter(function: str, argument: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any) -> Array:

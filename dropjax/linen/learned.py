@@ -112,10 +112,10 @@ class _Dense(Layer):
           place: nothing else says where the output lies.
 
         Returns:
-          Array `[..., features]` of the dtype of the inputs.
+          Array `[..., features]` of the dtype of the inputs; products are of float32 at least, and rounded once.
         """
         deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
-        x = jnp.asarray(inputs)
+        x = variational.inputs(self._function.__name__, inputs)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         value = getattr(self, f"initial_{self._noise}")
@@ -125,7 +125,7 @@ class _Dense(Layer):
             kl = jnp.broadcast_to(kl, shape).sum()  # once, also where the layer is called twice
             self.sow("losses", "kl", kl, init_fn=lambda: jnp.zeros(()), reduce_fn=lambda _, new: new)
         if deterministic:
-            y = x @ self._mean(kernel, noise).astype(x.dtype)
+            y = variational.without_noise(self._function.__name__, x, self._mean(kernel, noise))
         else:
             key = self.make_rng(self.rng_collection) if rng is None else rng
             y = self._function(key, x, kernel, noise, start=start, sharded_dims=self.sharded_dims, **place)
@@ -138,7 +138,8 @@ class _Dense(Layer):
 class VariationalDense(_Dense):
     """A dense layer by `dropjax.variational_dense`: noise on its weights, whose variance is the parameter `log_alpha`.
 
-    Without noise it is `flax.linen.Dense` with the same kernel and bias.
+    Without noise and for float32 inputs it is `flax.linen.Dense` with the same kernel and bias; narrower inputs, which
+    Flax would promote, keep their dtype.
 
     Attributes:
       features: number of outputs.

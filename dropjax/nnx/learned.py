@@ -135,12 +135,12 @@ class _Dense(Layer):
           place: nothing else says where the inputs lie.
 
         Returns:
-          Array `[..., out_features]` of the dtype of the inputs.
+          Array `[..., out_features]` of the dtype of the inputs; products are of float32 at least, and rounded once.
         """
-        x = jnp.asarray(inputs)
+        x = variational.inputs(self._function.__name__, inputs)
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic:
-            y = x @ self.mean_kernel().astype(x.dtype)
+            y = variational.without_noise(self._function.__name__, x, self.mean_kernel())
         else:
             key, noise = self._key(x, deterministic, rngs), self._noise_of_weights()
             options = {"start": start, "sharded_dims": self.sharded_dims, **place}
@@ -152,7 +152,8 @@ class _Dense(Layer):
 class VariationalDense(_Dense):
     """A dense layer by `dropjax.variational_dense`: noise on its weights, whose variance is the parameter `log_alpha`.
 
-    Without noise it is `flax.nnx.Linear` with the same kernel and bias.
+    Without noise and for float32 inputs it is `flax.nnx.Linear` with the same kernel and bias; narrower inputs, which
+    Flax would promote, keep their dtype.
 
     Args:
       in_features: number of inputs.
