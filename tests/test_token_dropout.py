@@ -82,6 +82,12 @@ def test_fewer_tokens_are_some_of_more(key):
     ("tokens", "rate", "keep"),
     [
         (100, 0.9, 10),  # where 100 * (1 - 0.9) is 9.999...
+        (3, 1 / 3, 2),  # and rates that are no short decimals
+        (196, 1 / 7, 168),
+        (300, 1 - 2 / 3, 200),
+        (300, np.float32(1 / 3), 200),
+        (10**6, 0.5000001, 499_999),  # which float32 would round to 0.50000012
+        (10**6, np.float32(0.5), 500_000),
         (100, np.float32(0.9), 10),
         (100, jnp.float32(0.1), 90),  # where 1 - float32(0.1) is below 0.9
         (196, 0.5, 98),

@@ -47,7 +47,8 @@ def token_dropout(
       key: one JAX key; it is consumed.
       x: float or complex, by default `[batch, tokens, ...]`.
       rate: the part of the tokens to be removed, in `[0, 1)`: one number, known while tracing, since it makes the
-        shape of the result. k = max(1, floor(n (1 - rate))) of n tokens, with the decimal number that was written.
+        shape of the result. k = max(1, floor(n (1 - rate))) of n tokens. What the rate lost when it was rounded to
+        binary is forgiven, n 2^-50 tokens (n 2^-23 for an array): 0.9 of 100 leave 10, and 1 / 3 of 3 leave 2.
       num_keep: k itself, from 0 to n, instead of a rate.
       num_prefix_tokens: how many tokens at the front (classes, registers) are kept always; they count in
         neither n nor k.
@@ -127,13 +128,14 @@ def _length(rate: Any, num_keep: Any, tokens: int) -> int:
             f"token_dropout: rate must be known while tracing, since it makes the shape of the result, got "
             f"{_checks.describe(value)}. Pass num_keep, or make it a static argument of jit."
         )
-    rounded = np.float32(value)
-    if rounded == 1:
+    value = float(np.asarray(value))
+    if value == 1:
         raise ValueError(
             f"token_dropout: rate must be in [0, 1), got {rate}. To keep only the prefix, pass num_keep=0."
         )
-    decimal = fractions.Fraction(str(rounded))  # 0.9 of 100 tokens leave 10, where 100 * (1 - 0.9) is below 10
-    return min(tokens, max(1, int(tokens * (1 - decimal))))
+    lost = 2.0 ** (-50 if isinstance(rate, int | float) else -23)
+    exact = 1 - fractions.Fraction(value) + fractions.Fraction(lost)
+    return min(tokens, max(1, int(tokens * exact)))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
