@@ -33,6 +33,16 @@ def test_candidates(share, key):
             np.testing.assert_array_equal(y, np.where(candidates, 0, KERNEL))
 
 
+def test_units_of_any_size_are_ranked(key):
+    """The squares of these weights leave float32; units of one size and one order are ranked at every scale."""
+    for size in (1e-25, 1.0, 1e25, 1e38):
+        x = jnp.asarray(size * np.array([[3.0, 1, 0, 2], [1, 1, 0, 2]]), jnp.float32)
+        y = dropjax.targeted_dropout(key, x, 1.0, kind="unit", targeted=0.75)
+        np.testing.assert_array_equal(y, np.asarray(x) * np.array([1, 0, 0, 0], np.float32))
+    vector = dropjax.targeted_dropout(key, jnp.array([1.0, -3.0, 2.0, 0.5]), 1.0, kind="unit")
+    assert vector.tolist() == [0, -3, 2, 0]
+
+
 def test_decisions_are_those_of_the_words(key):
     words, candidates = jax.random.key_data(key), np.stack([lowest(c, 0.5) for c in np.abs(KERNEL).reshape(-1, 8).T], 1)
     candidates, kept = candidates.reshape(KERNEL.shape), oracle.keep(words, KERNEL.shape, 0.4)
@@ -78,6 +88,9 @@ def test_errors_and_nan(key):
     ]:
         with pytest.raises(ValueError, match=re.escape("targeted_dropout: " + message)):
             dropjax.targeted_dropout(key, jnp.ones((4, 2)), 0.5, **options)
+    for x, batch in [(jnp.ones(4), ()), (jnp.ones((4, 2)), 0)]:
+        with pytest.raises(ValueError, match="targeted_dropout: x must have a dimension of inputs besides"):
+            dropjax.targeted_dropout(key, x, 0.5, batch_axes=batch)
     run = jax.jit(lambda rate, share: dropjax.targeted_dropout(key, jnp.ones((4, 2)), rate, targeted=share))
     assert jnp.isnan(run(1.5, 0.5)).all()
     assert jnp.isnan(run(0.5, jnp.nan)).all()

@@ -75,6 +75,11 @@ def targeted_dropout(
     if kind not in KINDS:
         raise ValueError(f"targeted_dropout: kind must be one of {KINDS}, got {_checks.describe(kind)}.")
     inputs = _checks.places("targeted_dropout", x.ndim, channel_axis, batch_axes)
+    if kind == "weight" and not inputs:
+        raise ValueError(
+            "targeted_dropout: x must have a dimension of inputs besides channel_axis and batch_axes, along which "
+            f"weights are ranked, got shape {x.shape}. To rank the elements of a vector, pass kind='unit'."
+        )
     unit = channel_axis % x.ndim
     shared = inputs if kind == "unit" else ()
     _checks.whole("targeted_dropout", checked, shared, "all weights of a unit")
@@ -105,11 +110,18 @@ def _targeted_dropout(
 ) -> Array:
     magnitude = lax.stop_gradient(jnp.abs(x if jnp.iscomplexobj(x) else x.astype(masks.wide(x))))
     if kind == "unit":
-        magnitude = jnp.sqrt((magnitude**2).sum(inputs, keepdims=True))
+        magnitude = _size(magnitude, inputs)
     lowest = _lowest(magnitude, (unit,) if kind == "unit" else inputs, share)
     dropped = masks.apply(x, masks.keep(draw, x.shape, rate), rate, rescale=rescale)
     valid = masks.valid(rate) & masks.valid(share)
     return jnp.where(lowest, dropped, jnp.where(valid, x, jnp.asarray(np.nan, x.dtype)))
+
+
+def _size(magnitude: Array, inputs: tuple[int, ...]) -> Array:
+    """The root mean square of each unit's weights, which ranks as their norm; no square overflows or vanishes."""
+    tiny = jnp.finfo(magnitude.dtype).tiny
+    largest = jnp.clip(jnp.max(magnitude, axis=inputs, keepdims=True, initial=0), 2 * tiny, 0.5 / tiny)
+    return largest * jnp.sqrt(((magnitude / largest) ** 2).mean(inputs, keepdims=True))
 
 
 def _lowest(magnitude: Array, ranked: tuple[int, ...], share: Rate) -> Array:
