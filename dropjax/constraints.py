@@ -56,7 +56,7 @@ def max_norm(max_value: ArrayLike, *, axis: int | Sequence[int]) -> optax.Gradie
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, [Dropout: a simple way to prevent neural
       networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014, section 5.1. Keras's MaxNorm.
     """
-    _limit("max_norm", max_value)
+    _limit("max_norm", max_value, jnp.result_type(float))
 
     def leaf(path: Any, update: Any, param: Any) -> Any:
         if update is None or param is None:
@@ -114,7 +114,7 @@ def clip_norm(w: ArrayLike, max_value: ArrayLike, *, axis: int | Sequence[int]) 
     w = _checks.array("clip_norm", w, real=True)
     dims = _checks.dims("clip_norm", "axis", axis, w.ndim)
     wide = w.astype(masks.wide(w))
-    limit = _limit("clip_norm", max_value).astype(wide.dtype)
+    limit = _limit("clip_norm", max_value, wide.dtype).astype(wide.dtype)
     tiny = jnp.finfo(wide.dtype).tiny
     largest = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=dims, keepdims=True, initial=0))
     unit = jnp.clip(largest, 2 * tiny, 0.5 / tiny)  # no square overflows, and XLA divides by multiplying with 1 / unit
@@ -125,7 +125,7 @@ def clip_norm(w: ArrayLike, max_value: ArrayLike, *, axis: int | Sequence[int]) 
     return jnp.where(within, w, bounded.astype(w.dtype))
 
 
-def _limit(function: str, value: Any) -> Array:
+def _limit(function: str, value: Any, dtype: Any) -> Array:
     number = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
     if not number and not (_checks.is_array(value) and value.shape == ()):
         raise TypeError(
@@ -137,4 +137,9 @@ def _limit(function: str, value: Any) -> Array:
         raise TypeError(f"{function}: max_value must be a number or a float scalar, got {_checks.describe(value)}.")
     if not _checks.is_traced(value) and not np.asarray(value) > 0:
         raise ValueError(f"{function}: max_value must be above 0, got {value}.")
+    if not _checks.is_traced(value) and np.asarray(value) < jnp.finfo(dtype).tiny:
+        raise ValueError(
+            f"{function}: max_value must be at least {jnp.finfo(dtype).tiny}, the least normal number of "
+            f"{np.dtype(dtype)}, got {value}."
+        )
     return jnp.where(array > 0, array, jnp.asarray(np.nan, array.dtype))

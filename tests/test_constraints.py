@@ -198,6 +198,7 @@ def test_without_params_it_says_what_optax_says():
         (0, ValueError, "max_value must be above 0, got 0."),
         (-1.5, ValueError, "max_value must be above 0, got -1.5."),
         (np.nan, ValueError, "max_value must be above 0, got nan."),
+        (1e-40, ValueError, "max_value must be at least 1.1754943508222875e-38, the least normal number of float32"),
         (jnp.float32(-2), ValueError, "max_value must be above 0, got -2.0."),
         ("three", TypeError, "max_value must be a number or a float scalar, got 'three' (str)."),
         (True, TypeError, "max_value must be a number or a float scalar, got True (bool)."),
