@@ -66,6 +66,9 @@ def test_names_are_whole_ends_of_paths():
     dropped = dropjax.weight_drop(KEY, {"ah": jnp.ones(64), "b": {"h": jnp.ones(64)}}, 0.5, names="h")
     assert (dropped["ah"] == 1).all()
     assert (dropped["b"]["h"] != 1).all()
+    dropped = dropjax.weight_drop(KEY, {"w[0]": jnp.ones(64), "w0": jnp.ones(64)}, 0.5, names="w[0]")
+    assert (dropped["w0"] == 1).all()  # brackets are characters like others
+    assert (dropped["w[0]"] != 1).all()
 
 
 def test_gradients_traced_rates_and_pieces_of_kernels():
@@ -98,6 +101,10 @@ def test_errors():
     raises(ValueError, message, drop, KEY, params(), 0.5, names=("hf/kernel", "hg/kernel"))
     raises(ValueError, "There are: no parameters.", drop, KEY, {}, 0.5, names="kernel")
     raises(ValueError, "names must each be the end of", drop, KEY, params(), 0.5, names=lambda path: False)
+    same = {"a/b": jnp.ones(3), "a": {"b": jnp.ones(3), "c": jnp.ones(3)}}
+    raises(ValueError, "params must have a path of its own for each named parameter, got 'a/b' twice", drop, KEY, same,
+           0.5, names="b")  # fmt: skip
+    assert drop(KEY, same, 1.0, names="c")["a/b"].tolist() == [1, 1, 1]
     for names in [(), 3, (3,), None]:
         raises(TypeError, "names must be one or several ends of paths, or", drop, KEY, params(), 0.5, names=names)
     raises(TypeError, "of 'a', x must be a float or complex", drop, KEY, {"a": jnp.arange(3)}, 0.5, names="a")
@@ -122,6 +129,8 @@ def test_linen_wrapper_drops_for_the_whole_sequence(key):
     np.testing.assert_array_equal(slope != 0, kept)
     with pytest.raises(ValueError, match=r"which none has\. There are: cell/hf/bias"):
         layer.clone(names="no").apply(variables, SEQUENCE, rng=key)
+    with pytest.raises(ValueError, match=r"names must each be the end .*'no'"):  # also before anything is dropped
+        jax.eval_shape(layer.clone(names="no", deterministic=True).init, key, SEQUENCE)
     assert layer.apply(variables, SEQUENCE, rngs={"dropout": key}).shape == plain.shape
     assert isinstance(hash(layer), int)
 
@@ -145,6 +154,8 @@ def test_nnx_wrapper_leaves_what_is_stored(key):
     np.testing.assert_array_equal(slope != 0, dropped["cell"]["dense_h"]["kernel"][...] != 0)
     layer.eval()
     np.testing.assert_allclose(layer(SEQUENCE), plain, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"names must each be the end .*'no'"):
+        dropjax.nnx.WeightDrop(rnn, 0.5, names="no")
 
 
 def test_nnx_wrapper_keeps_what_the_module_writes():

@@ -114,8 +114,7 @@ def weight_drop(
       2018: the matrices from hidden state to hidden state.
     """
     leaves, structure = jax.tree.flatten(params)
-    paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    named = _named(paths, names)
+    paths, named = named_paths(params, names)
     words = bits.key_words("weight_drop", _checks.key("weight_drop", key))
     for i, path in enumerate(paths):
         if named[i]:
@@ -131,6 +130,19 @@ def _of_path(words: Array, path: str, leaf: Any, rate: ArrayLike, cut: sharding.
         return drop_connect(key, leaf, rate, sharded_dims=cut)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("drop_connect: ", f"weight_drop: of {path!r}, ", 1)) from None
+
+
+def named_paths(params: Any, names: Names) -> tuple[list[str], list[bool]]:
+    """Returns the path of each parameter, and which are named; those have a path, and so a mask, of their own."""
+    paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    named = _named(paths, names)
+    chosen = [path for path, is_named in zip(paths, named, strict=True) if is_named]
+    if twice := [path for path in chosen if chosen.count(path) > 1]:
+        raise ValueError(
+            f"weight_drop: params must have a path of its own for each named parameter, got {twice[0]!r} twice, which "
+            "would repeat one mask. Rename one of the two."
+        )
+    return paths, named
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -149,7 +161,8 @@ def _named(paths: Sequence[str], names: Names) -> list[bool]:
                 f"weight_drop: names must be one or several ends of paths, or a function of a path, got "
                 f"{_checks.describe(names)}."
             )
-        hits = {end: [fnmatch.fnmatchcase(f"/{path}", f"*/{end}") for path in paths] for end in ends}
+        patterns = {end: "*/" + end.replace("[", "[[]") for end in ends}  # a bracket is no class of characters
+        hits = {end: [fnmatch.fnmatchcase(f"/{path}", pattern) for path in paths] for end, pattern in patterns.items()}
         named = [any(of_end) for of_end in zip(*hits.values(), strict=True)]
         unknown = [end for end in ends if not any(hits[end])]
     if unknown:

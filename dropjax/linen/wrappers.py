@@ -113,7 +113,10 @@ class WeightDrop(nn.Module):
         rate = 0 if self.is_initializing() else self.rate
         key = key_of(self, rate, deterministic, rng)
         if key is None:
-            return self.module(*args, **kwargs)
+            y = self.module(*args, **kwargs)
+            if self.is_initializing():
+                weights.named_paths(self.module.variables.get("params", {}), self.names)
+            return y
 
         def dropped(collections: Any) -> Any:
             params = weights.weight_drop(

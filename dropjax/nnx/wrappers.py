@@ -108,6 +108,10 @@ class WeightDrop(Stochastic):
     names: weights.Names
     sharded_dims: ShardedDims | Callable[[str], ShardedDims | None] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights.named_paths(nnx.state(self.module, nnx.Param), self.names)
+
     def __call__(self, *args: Any, deterministic: bool | None = None, rngs: Source = None, **kwargs: Any) -> Any:
         """Calls the module with dropped parameters.
 
