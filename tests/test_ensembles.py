@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from scipy import special, stats
 
 import dropjax
@@ -160,6 +161,23 @@ def test_errors_of_masksembles():
     raises(ValueError, "x must be arrays [batch, ...] of one batch, got ", samples, jnp.sum, (X, jnp.ones(3)), 2)
 
 
+def test_members_of_narrow_integers_and_of_shards():
+    """Narrow integers do not wrap round the number of masks, and no device groups its own piece."""
+    many = jnp.asarray(np.eye(300, dtype=bool))
+    for members in (np.array([44, 100], np.uint8), np.array([44, -1], np.int8)):
+        y = jax.jit(lambda members: dropjax.masksembles(jnp.ones((2, 300)), many, members=members))(members)
+        np.testing.assert_array_equal(y[0], np.arange(300) == 44)
+        np.testing.assert_array_equal(y[1], np.arange(300) == 100 if members[1] > 0 else np.full(300, np.nan))
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, members = jnp.ones((4, 3)), jnp.array([0, 0, 1, 1])
+    for check in (True, False):
+        shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("a"), check_vma=check)
+        with pytest.raises(ValueError, match="masksembles: members must be given inside shard_map"):
+            shard(lambda x: dropjax.masksembles(x, MASKS), in_specs=P("a"))(x)
+        y = shard(lambda x, m: dropjax.masksembles(x, MASKS, members=m), in_specs=P("a"))(x, members)
+        np.testing.assert_array_equal(y, dropjax.masksembles(x, MASKS))
+
+
 def test_multi_sample_dropout_is_the_head_of_each_draw(key):
     x, head = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32), jnp.ones((6, 2))
     run = jax.jit(
@@ -208,6 +226,11 @@ def test_divergence_near_and_far():
     slope = jax.grad(dropjax.symmetric_kl)(impossible, jnp.array([0.0, -jnp.inf, 1.0]))
     assert jnp.isfinite(slope).all()
     assert dropjax.symmetric_kl(impossible, jnp.zeros(3)) == jnp.inf
+    tail = jnp.array([0.0, -200.0])  # a probability that float32 does not hold is not 0
+    for p, q in [(tail, jnp.array([0.0, -jnp.inf])), (jnp.array([0.0, -jnp.inf]), tail)]:
+        value, slopes = jax.value_and_grad(dropjax.symmetric_kl, (0, 1))(p, q)
+        assert value == jnp.inf
+        assert jnp.isfinite(jnp.stack(slopes)).all()
     random = jax.random.normal(KEY, (2, 1000, 3))
     near = random[0] + 1e-6 * random[1]
     assert (dropjax.symmetric_kl(random[0], near) >= 0).all()

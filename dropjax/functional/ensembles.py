@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits
+from dropjax import _checks, bits, sharding
 
 
 def masksembles_masks(key: Array, num_features: int, num_masks: int, scale: float) -> Array:
@@ -118,11 +118,12 @@ def masksembles(
       channel_axis: the axis of the features.
 
     Returns:
-      Array of the shape and dtype of x. Inside shard_map x is what the device has: pass `members` to have the groups of
-      the whole batch, and the masks cut as the features are.
+      Array of the shape and dtype of x. Inside shard_map and pmap x is what the device has: pass the `members` of its
+      examples, and the masks cut as the features are.
 
     Raises:
-      TypeError, ValueError: if an argument is not as said above, or the batch cannot be cut into equal groups.
+      TypeError, ValueError: if an argument is not as said above, the batch cannot be cut into equal groups, or there
+        are no `members` where x is a piece.
 
     Example:
       >>> masks = jnp.array([[True, False], [False, True]])
@@ -145,10 +146,16 @@ def masksembles(
             f"{name}: masks must be bool [num_masks, {features}] for x of shape {x.shape}, got "
             f"{_checks.describe(masks)}. Draw them with masksembles_masks."
         )
+    axes = set() if members is not None else {*sharding.varying(x), *sharding.untyped()}
+    if axes:
+        raise ValueError(
+            f"{name}: members must be given inside shard_map and pmap, where x is a piece (here over mesh axis "
+            f"{min(axes)!r}), since each device would cut its own piece into groups. Cut the members of the whole batch, "
+            "jnp.arange(batch) // (batch // num_masks), as the batch is cut."
+        )
     chosen, known = _members(size, masks.shape[0], members)
-    own = (
-        chosen[:, None] == jnp.arange(masks.shape[0], dtype=chosen.dtype)[None]
-    )  # no gather: JAX may not know its sharding
+    # no gather: JAX may not know its sharding
+    own = chosen[:, None] == jnp.arange(masks.shape[0], dtype=chosen.dtype)[None]
     kept = (own[:, :, None] & jnp.asarray(masks)[None]).any(1)
     y = jnp.where(_along(kept, x.ndim, batch, channel), x, jnp.asarray(0, x.dtype))
     if known:
@@ -184,14 +191,17 @@ def _members(size: int, count: int, members: ArrayLike | None) -> tuple[Array, b
         )
     if not _checks.is_traced(members) and np.size(members) and not 0 <= np.min(members) <= np.max(members) < count:
         raise ValueError(f"masksembles: members must be in [0, {count}), got {np.min(members)} to {np.max(members)}.")
-    return jnp.atleast_1d(jnp.asarray(members)), not _checks.is_traced(members)
+    chosen = jnp.atleast_1d(jnp.asarray(members))
+    wide = chosen if chosen.dtype.itemsize >= 4 else chosen.astype(jnp.int32)  # int8 cannot count 200 masks
+    return wide, not _checks.is_traced(members)
 
 
 def masksembles_samples(fn: Callable[[Any], Any], x: Any, num_masks: int) -> Any:
     """Runs a network with Masksembles for all its members: one pass over a batch that holds x once for each.
 
     Args:
-      fn: the network in evaluation, a function of a batch to a pytree of arrays `[batch, ...]`.
+      fn: the network in evaluation, a function of a batch to a pytree of arrays `[batch, ...]`. Inside shard_map and
+        pmap it passes `members=jnp.repeat(jnp.arange(num_masks), batch)` to masksembles.
       x: the inputs, a pytree of arrays `[batch, ...]`.
       num_masks: n, the number of members.
 

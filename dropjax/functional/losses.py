@@ -67,7 +67,7 @@ def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) ->
 
     (KL(p || q) + KL(q || p)) / 2 = sum over classes of (p - q) (log p - log q) / 2. No term is negative, in floating
     point, too, and equal logits give exactly 0, without cancellation near it. A class of logit -inf in both adds
-    nothing; in one of them alone, infinity.
+    nothing; in one of them alone, infinity, which is a constant to the derivative.
 
     Args:
       logits_p: real float `[..., classes]`.
@@ -101,12 +101,12 @@ def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) ->
 @functools.partial(jax.jit, static_argnums=2)
 def _symmetric_kl(p: Array, q: Array, axis: int) -> Array:
     p, q = (jax.nn.log_softmax(a.astype(masks.wide(a)), axis) for a in (p, q))
-    impossible = (p == -jnp.inf) & (q == -jnp.inf)
-    p, q = (jnp.where(impossible, 0, a) for a in (p, q))
+    infinite = (p == -jnp.inf) != (q == -jnp.inf)
+    p, q = (jnp.where((p == -jnp.inf) | (q == -jnp.inf), 0, a) for a in (p, q))
     # (e^p - e^q) (p - q) = -e^p expm1(-d) d for d = p - q >= 0, and the same with p and q exchanged
     more, less = jnp.where(p >= q, p - q, 0), jnp.where(p < q, q - p, 0)
     terms = -jnp.exp(p) * jnp.expm1(-more) * more - jnp.exp(q) * jnp.expm1(-less) * less
-    return terms.sum(axis) / 2
+    return jnp.where(infinite, jnp.inf, terms).sum(axis) / 2
 
 
 def multi_sample_dropout(
