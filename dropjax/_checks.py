@@ -6,7 +6,7 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -160,12 +160,32 @@ def shape(function: str, value: Any) -> tuple[int, ...]:
 def integer(function: str, argument: str, value: Any, least: int) -> int:
     """Returns an integer option of at least `least`."""
     try:
-        number = operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise TypeError(f"{function}: {argument} must be an integer, got {describe(value)}.") from None
+        number = None
+    if number is None:
+        raise TypeError(f"{function}: {argument} must be an integer, got {describe(value)}.")
     if number < least:
         raise ValueError(f"{function}: {argument} must be at least {least}, got {number}.")
     return number
+
+
+def flag(function: str, argument: str, value: Any) -> bool:
+    """Returns an option that is True or False: a string would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{function}: {argument} must be True or False, got {describe(value)}.")
+    return bool(value)
+
+
+def real(function: str, argument: str, value: Any, range: str | None = None) -> Array:
+    """Returns a number or a float array that is differentiated as an array; known values are checked for a range."""
+    value = jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+    number = isinstance(value, int | float | np.integer) and not isinstance(value, bool)
+    if not number and not (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
+        raise TypeError(f"{function}: {argument} must be a number or a float array, got {describe(value)}.")
+    if range and not is_traced(value) and getattr(value, "is_fully_addressable", True):
+        _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
+    return jnp.asarray(float(value) if number else value)
 
 
 def dim(function: str, argument: str, value: Any, rank: int) -> int:
@@ -214,35 +234,6 @@ def places(
             "For one example without a batch pass batch_axes=()."
         )
     return [d for d in range(rank) if d != channel and d not in batch]
-
-
-def start(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
-    """Returns `start` with dimensions counted from the front; known indices are checked against 2^32."""
-    if value is None:
-        value = {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{function}: start must be a mapping {{dim: index}}, got {describe(value)}.")
-    dims(function, "the dimensions of start", tuple(value), len(shape))
-    found = {dim(function, "start", d, len(shape)): index for d, index in value.items()}
-    for d, index in found.items():
-        integer = is_array(index) and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
-        if not integer and (isinstance(index, bool) or not isinstance(index, int)):
-            raise TypeError(f"{function}: start[{d}] must be an integer, got {describe(index)}.")
-        if not is_traced(index) and int(index) < 0:
-            raise ValueError(f"{function}: start[{d}] must not be negative, got {index}.")
-    for d, length in enumerate(shape):
-        index = found.get(d, 0)
-        last(function, d, 0 if is_traced(index) else int(index), length)
-    return found
-
-
-def last(function: str, d: int, first: int, length: int) -> None:
-    """Every index of an array, also of one that is cut over devices, is a 32-bit word."""
-    if isinstance(length, int) and first + max(length, 1) > MAX_INDEX:  # a symbolic length is not known
-        raise ValueError(
-            f"{function}: indices must be below 2^32, got {first} to {first + length - 1} along dimension {d}. "
-            "Split the dimension in two."
-        )
 
 
 def generator(function: str, name: str) -> None:

@@ -44,16 +44,16 @@ def place(
       ValueError: if indices pass 2^32, an axis is not manual here, or, inside shard_map or pmap, an
         axis over which x varies is not accounted for.
     """
-    starts = _checks.start(function, start, shape)
+    given = starts(function, start, shape)
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     cut = _axes_of_dims(function, sharded_dims, len(shape), manual)
     if manual:
-        _account(function, (key, *starts.values()), data, manual, cut, declared=sharded_dims is not None)
+        _account(function, (key, *given.values()), data, manual, cut, declared=sharded_dims is not None)
     for d, axes in cut.items():
         if d is not None:
-            _checks.last(function, d, _known(starts.get(d, 0)), shape[d] * lax.axis_size(axes))
+            last(function, d, _known(given.get(d, 0)), shape[d] * lax.axis_size(axes))
     axes_of = tuple(cut.get(d, ()) for d in range(len(shape)))
-    origin = tuple(jnp.asarray(starts[d], jnp.uint32) if d in starts else None for d in range(len(shape)))
+    origin = tuple(jnp.asarray(given[d], jnp.uint32) if d in given else None for d in range(len(shape)))
     if (seen := _watch.seen.get()) is not None:
         corner = [first(*of) for of in zip(origin, axes_of, shape, strict=True)]
         typed = data is not None and bool(manual) and bool(varying(lax.axis_index(manual[0])))
@@ -61,6 +61,35 @@ def place(
         may = frozenset(manual) - must - frozenset(cut.get(None, ()))
         _watch.record(seen, function, key, data, corner, shape, sorted(must), sorted(may))
     return origin, axes_of
+
+
+def starts(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
+    """Returns `start` with dimensions counted from the front; known indices are checked against 2^32."""
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{function}: start must be a mapping {{dim: index}}, got {_checks.describe(value)}.")
+    _checks.dims(function, "the dimensions of start", tuple(value), len(shape))
+    found = {_checks.dim(function, "start", d, len(shape)): index for d, index in value.items()}
+    for d, index in found.items():
+        integer = _checks.is_array(index) and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
+        if not integer and (isinstance(index, bool) or not isinstance(index, int)):
+            raise TypeError(f"{function}: start[{d}] must be an integer, got {_checks.describe(index)}.")
+        if not _checks.is_traced(index) and int(index) < 0:
+            raise ValueError(f"{function}: start[{d}] must not be negative, got {index}.")
+    for d, length in enumerate(shape):
+        index = found.get(d, 0)
+        last(function, d, 0 if _checks.is_traced(index) else int(index), length)
+    return found
+
+
+def last(function: str, d: int, first: int, length: int) -> None:
+    """Every index of an array, also of one that is cut over devices, is a 32-bit word."""
+    if isinstance(length, int) and first + max(length, 1) > _checks.MAX_INDEX:  # a symbolic length is not known
+        raise ValueError(
+            f"{function}: indices must be below 2^32, got {first} to {first + length - 1} along dimension {d}. "
+            "Split the dimension in two."
+        )
 
 
 def first(origin: Array | None, axes: tuple[str, ...], length: int) -> Array | None:

@@ -246,6 +246,47 @@ def test_mask_of_apply_mask():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "before"),
+    [
+        ("drop_block", "whole_blocks", (X[..., None],)),
+        ("drop_block", "shared_channels", (X[..., None],)),
+        ("drop_path", "scale", (X,)),
+        ("mask_feature", "scale", (X,)),
+        ("targeted_dropout", "rescale", (X,)),
+        ("token_dropout", "ordered", (X,)),
+        ("drop_edge", "undirected", (np.arange(3), np.arange(3))),
+    ],
+)
+def test_flags(name, option, before):
+    function = getattr(dropjax, name)
+    for value in ("False", "no", 1, None, jnp.array(True), np.array([True])):
+        with pytest.raises(TypeError, match=f"{name}: {option} must be True or False, got "):
+            function(KEY, *before, 0.5, **{option: value})
+    for flag in (True, False):
+        jax.eval_shape(lambda: function(KEY, *before, 0.5, **{option: np.bool_(flag)}))  # noqa: B023
+
+
+def test_counts_are_no_flags():
+    image = jnp.ones((2, 3, 1))
+    raises(
+        TypeError,
+        "block_size must be an integer, got True (bool).",
+        dropjax.drop_block,
+        KEY,
+        image,
+        0.5,
+        block_size=True,
+    )
+    for option in ("num_prefix_tokens", "num_keep"):
+        call = dropjax.token_dropout
+        raises(TypeError, f"{option} must be an integer, got True", call, KEY, X, **{"num_keep": 1, option: True})
+    raises(TypeError, "num_features must be an integer, got True", dropjax.masksembles_masks, KEY, True, 2, 1.0)
+    raises(
+        TypeError, "nodes must be an integer, got True", dropjax.drop_node, KEY, True, np.arange(1), np.arange(1), 0.5
+    )
+
+
 def test_options_are_keyword_only():
     for function in PLACED:
         with pytest.raises(TypeError, match="positional argument"):

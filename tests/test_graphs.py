@@ -230,6 +230,9 @@ def test_errors_of_edges():
 
 
 def test_errors_of_nodes_and_features():
+    with pytest.raises(ValueError, match=r"mask_feature: fill_value must be finite in float16, .* got 1000000.0"):
+        dropjax.mask_feature(KEY, jnp.ones((2, 3), jnp.float16), 0.5, fill_value=1e6)
+
     def fails(kind, message, *args, **options):
         raises(kind, message, dropjax.drop_node, KEY, *args, **options)
 

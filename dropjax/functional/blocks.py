@@ -79,7 +79,8 @@ def drop_block(
     x = _checks.array("drop_block", x)
     checked = _checks.rate("drop_block", rate, x.shape)
     space = _checks.places("drop_block", x.ndim, channel_axis, batch_axes)
-    shared = (channel_axis % x.ndim,) if shared_channels else ()
+    whole_blocks = _checks.flag("drop_block", "whole_blocks", whole_blocks)
+    shared = (channel_axis % x.ndim,) if _checks.flag("drop_block", "shared_channels", shared_channels) else ()
     if normalize not in NORMALIZE:
         raise ValueError(f"drop_block: normalize must be one of {NORMALIZE}, got {_checks.describe(normalize)}.")
     _checks.whole("drop_block", checked, sorted([*space, *shared]), "all places that a block can cover")
@@ -105,7 +106,7 @@ def drop_block(
         tuple(d for d in counted[normalize] if d not in shared),
         channel_axis % x.ndim,
     )
-    _checks.start("drop_block", start, blocks.seeds(x.shape) if not whole_blocks else x.shape)
+    sharding.starts("drop_block", start, blocks.seeds(x.shape) if not whole_blocks else x.shape)
     return _drop_block(draw, x, checked, blocks)
 
 

@@ -66,7 +66,7 @@ def drop_path(
     shared = [d for d in range(x.ndim) if mode == "batch" or d != batch]
     _checks.whole("drop_path", checked, shared, "a branch that is dropped")
     draw = bits.draw("drop_path", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims)
-    return _drop_path(draw, x, checked, scale)
+    return _drop_path(draw, x, checked, _checks.flag("drop_path", "scale", scale))
 
 
 @functools.partial(masks.redrawn, static_argnums=(3,))
@@ -111,7 +111,10 @@ def layer_drop(key: Array, fn: Callable[[Any], Any], x: Any, rate: ArrayLike) ->
     """
     if not callable(fn):
         raise TypeError(f"layer_drop: fn must be a function of x, got {_checks.describe(fn)}. Its order is key, fn, x.")
-    return left_out("layer_drop", lax.switch, branch("layer_drop", key, rate), fn, jax.tree.map(jnp.asarray, x))
+    x, taken = jax.tree.map(jnp.asarray, x), branch("layer_drop", key, rate)
+    if isinstance(taken, int) and taken:  # checked as at other rates, and not computed
+        jax.eval_shape(lambda x: _like("layer_drop", x, fn(x)), x)
+    return left_out("layer_drop", lax.switch, taken, fn, x)
 
 
 def branch(function: str, key: Array, rate: ArrayLike) -> int | Array:
@@ -152,19 +155,14 @@ def left_out(
     if not any(_is_inexact(a) for a in jax.tree.leaves(x)):
         raise TypeError(f"{function}: x must hold a float or complex array, got {_shapes(x)}.")
     if isinstance(taken, int):
-        return x if taken else fn(*operands)
+        return x if taken else _like(function, x, fn(*operands))
     axes: list[Any] = []  # over which the results of all branches vary, as the first says, which is traced first
 
     def typed(y: Any) -> Any:
         return jax.tree.map(sharding.spread, y, axes[0])
 
     def run(*operands: Any) -> Any:
-        y = jax.tree.map(jnp.asarray, fn(*operands[:-1]))
-        if _shapes(x) != _shapes(y):
-            raise ValueError(
-                f"{function}: fn must return the structure, shapes and dtypes of x, which takes its place where the "
-                f"layer is left out, got {_shapes(y)} for {_shapes(x)}."
-            )
+        y = _like(function, x, fn(*operands[:-1]))
         axes.append(jax.tree.map(lambda a, b: sharding.varying((a, b)), x, y))
         return typed(y)
 
@@ -178,6 +176,17 @@ def left_out(
     # Under vmap the last branch is computed, too, and differentiated, so that its NaN must depend on what is taken.
     factor = jnp.where(taken == 2, jnp.float32(jnp.nan), jnp.float32(1))
     return switch(taken, [run, skip, poison], *operands, factor)
+
+
+def _like(function: str, x: Any, y: Any) -> Any:
+    """Returns what a layer returned, if x can stand in its place."""
+    y = jax.tree.map(jnp.asarray, y)
+    if _shapes(x) != _shapes(y):
+        raise ValueError(
+            f"{function}: fn must return the structure, shapes and dtypes of x, which takes its place where the "
+            f"layer is left out, got {_shapes(y)} for {_shapes(x)}."
+        )
+    return y
 
 
 def _is_inexact(a: Array) -> bool:

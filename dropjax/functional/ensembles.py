@@ -150,7 +150,7 @@ def masksembles(
     if axes:
         raise ValueError(
             f"{name}: members must be given inside shard_map and pmap, where x is a piece (here over mesh axis "
-            f"{min(axes)!r}), since each device would cut its own piece into groups. Cut the members of the whole batch, "
+            f"{min(axes)!r}), since each device would cut its own piece into groups. Cut those of the whole batch, "
             "jnp.arange(batch) // (batch // num_masks), as the batch is cut."
         )
     chosen, known = _members(size, masks.shape[0], members)

@@ -73,7 +73,7 @@ def drop_edge(
     ids = () if edge_ids is None else (_nodes("drop_edge", "edge_ids", edge_ids, known, u.shape),)
     checked = _rate("drop_edge", rate, u.shape)
     draw = bits.draw("drop_edge", key, (u, v, ids, known, checked), u.shape, sharded_dims=sharded_dims)
-    return _drop_edge(draw, (u, v, *ids), known, checked, bool(undirected))
+    return _drop_edge(draw, (u, v, *ids), known, checked, _checks.flag("drop_edge", "undirected", undirected))
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -180,7 +180,7 @@ def mask_feature(
         be traced, and is not differentiated.
       mode: `"col"`, a decision for each index of the last axis; `"row"`, for each of the first; `"all"`, for each
         element.
-      fill_value: what masked features become, a finite number.
+      fill_value: what masked features become, a number that is finite in the dtype of x.
       scale: whether what is kept is divided by q.
       start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
@@ -206,13 +206,15 @@ def mask_feature(
         raise ValueError(f"mask_feature: mode must be one of {MODES}, got {_checks.describe(mode)}.")
     if isinstance(fill_value, bool) or not isinstance(fill_value, numbers.Real) or not np.isfinite(fill_value):
         raise ValueError(f"mask_feature: fill_value must be a finite number, got {_checks.describe(fill_value)}.")
+    if abs(fill_value) > float(jnp.finfo(x.dtype).max):
+        raise ValueError(f"mask_feature: fill_value must be finite in {x.dtype}, the dtype of x, got {fill_value}.")
     if x.ndim == 0:
         raise ValueError("mask_feature: x must have a dimension of nodes or features, got a scalar.")
     own = {"all": range(x.ndim), "row": [0], "col": [x.ndim - 1]}[mode]
     shared = [d for d in range(x.ndim) if d not in own]
     _checks.whole("mask_feature", checked, shared, f"a {mode}")
     draw = bits.draw("mask_feature", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims)
-    return _mask_feature(draw, x, checked, float(fill_value), bool(scale))
+    return _mask_feature(draw, x, checked, float(fill_value), _checks.flag("mask_feature", "scale", scale))
 
 
 @functools.partial(masks.redrawn, static_argnums=(3, 4))

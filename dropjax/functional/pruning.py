@@ -74,6 +74,7 @@ def targeted_dropout(
     share = _checks.rate("targeted_dropout", targeted, (), argument="targeted")
     if kind not in KINDS:
         raise ValueError(f"targeted_dropout: kind must be one of {KINDS}, got {_checks.describe(kind)}.")
+    rescale = _checks.flag("targeted_dropout", "rescale", rescale)
     inputs = _checks.places("targeted_dropout", x.ndim, channel_axis, batch_axes)
     if kind == "weight" and not inputs:
         raise ValueError(

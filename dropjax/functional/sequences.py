@@ -89,7 +89,7 @@ def token_dropout(
             "token_dropout: start and sharded_dims must not be along token_axis, since all tokens of an example are "
             f"compared, got {start} and {sharded_dims}. Gather them, or cut the batch."
         )
-    return _token_dropout(draw, x, axis, prefix, keep, bool(ordered))
+    return _token_dropout(draw, x, axis, prefix, keep, _checks.flag("token_dropout", "ordered", ordered))
 
 
 def all_tokens(x: ArrayLike, token_axis: int, batch_axes: int | Sequence[int]) -> Tokens:
