@@ -233,7 +233,11 @@ def test_sparse_weights(key):
     np.testing.assert_array_equal(dropjax.sparse_kernel(kernel, -2.0), [[1, -0.5, np.float32(0.1)], [0, 0, 0]])
     assert dropjax.sparsity(kernel, -2.0) == 0.5
     assert dropjax.sparsity(kernel, -2.0, threshold=0.0) == np.float32(4 / 6)
-    assert dropjax.sparse_kernel(kernel.astype(jnp.bfloat16), -2.0).dtype == jnp.bfloat16
+    narrow = jnp.ones(2, jnp.bfloat16)  # a log alpha of 3.004 is 3 in bfloat16, at the threshold
+    kept = dropjax.sparse_kernel(narrow, jnp.array([3.004, 2.996]))
+    assert kept.dtype == jnp.bfloat16
+    assert kept.tolist() == [0, 1]
+    assert dropjax.sparsity(narrow, 3.004) == 1
 
 
 def test_gradients_are_finite_for_weights_of_any_size(key):
@@ -390,6 +394,9 @@ BAD = [
     (lambda k, x: dropjax.concrete_dropout(k, x, 0.0, temperature=2.0), "temperature must be in (0, 1], got 2.0."),
     (lambda k, x: dropjax.local_reparametrization(k, x, -0.1), "variance must be in [0, inf), got -0.1."),
     (lambda k, x: dropjax.variational_gaussian_dropout(k, x, np.inf), "log_alpha must be in [-inf, inf), got inf."),
+    (lambda k, x: dropjax.variational_dense(k, x, KERNEL, np.nan), "log_alpha must be in [-inf, inf), got nan."),
+    (lambda k, x: dropjax.sparse_log_alpha(KERNEL, np.inf), "log_sigma2 must be in [-inf, inf), got inf."),
+    (lambda k, x: dropjax.variational_dropout_kl(jnp.full(2, np.nan)), "log_alpha must be in [-inf, inf], got nan."),
     (lambda k, x: dropjax.variational_dense(k, x, KERNEL[:3], 0.0), "kernel must be [features, outputs] for x"),
     (lambda k, x: dropjax.variational_dense(k, x, KERNEL, np.zeros(8)), "log_alpha must broadcast against the kernel"),
     (lambda k, x: dropjax.sparse_variational_dense(k, x, KERNEL, KERNEL.T), "log_sigma2 must broadcast against"),
@@ -409,6 +416,23 @@ def test_bad_values(call, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below
         call(jax.random.key(0), inputs())
     assert f": {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(lambda k, v, f=f: f(k, inputs(), v) for f, _ in CASES.values()),
+        lambda k, v: dropjax.variational_dense(k, inputs(), KERNEL, v),
+        lambda k, v: dropjax.sparse_log_alpha(KERNEL, v),
+        lambda k, v: dropjax.concrete_dropout_kl(v, KERNEL),
+        lambda k, v: dropjax.variational_dropout_kl(v),
+    ],
+)
+def test_what_is_learned_is_a_number_or_a_float_array(call, key):
+    np.testing.assert_array_equal(call(key, 0), call(key, jnp.float32(0)))
+    for value in (np.ones(5, np.int32), jnp.int32(1), True, 1j, None):
+        with pytest.raises(TypeError, match=r": \w+ must be a number or a float array, got .*[^.]\.$"):
+            call(key, value)
 
 
 def test_traced_values_out_of_range_are_nan(key):

@@ -13,6 +13,7 @@ from scipy import special
 import dropjax
 import dropjax.linen
 import dropjax.nnx
+from tests.test_errors import KEY
 from tests.test_learned import inputs
 
 PARAMETERS = {"ConcreteDropout": "rate_logit", "VariationalGaussianDropout": "log_alpha"}
@@ -51,6 +52,20 @@ def test_first_values():
     for rate in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"ConcreteDropout: initial_rate must be in \(0, 1\), got"):
             dropjax.nnx.ConcreteDropout(rate)
+    assert dropjax.nnx.ConcreteDropout(shape=3).rate_logit.shape == (3,)  # a length is a shape
+    assert dropjax.nnx.VariationalGaussianDropout(shape=3).log_alpha.shape == (3,)
+    x, options = jnp.ones((2, 3)), {"deterministic": True}
+    assert dropjax.linen.ConcreteDropout(shape=3).init(KEY, x, **options)["params"]["rate_logit"].shape == (3,)
+    for value, kind, message in [
+        (np.nan, ValueError, r"be in \(-inf, inf\), got nan"),
+        ("a", TypeError, "be a number"),
+    ]:
+        for name, sizes in [("VariationalGaussianDropout", ()), ("VariationalDense", (3,))]:
+            match = f"{name}: initial_log_alpha must {message}"
+            with pytest.raises(kind, match=match):
+                getattr(dropjax.nnx, name)(*sizes, *sizes, initial_log_alpha=value, rngs=nnx.Rngs(0))
+            with pytest.raises(kind, match=match):
+                getattr(dropjax.linen, name)(*sizes, initial_log_alpha=value).init(KEY, x, **options)
     with pytest.raises(ValueError, match=r"VariationalDense: per must be one of .*, got 'row'"):
         dropjax.nnx.VariationalDense(3, 4, per="row", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"VariationalDense: rngs must be nnx.Rngs, .* got None"):

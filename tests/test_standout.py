@@ -145,6 +145,11 @@ def test_errors(function):
     raises(TypeError, "logits must be a number or a float array, got int32[8,6].", function, X, jnp.ones((8, 6), int))
     raises(TypeError, "alpha must be a number or a float array, got None (NoneType).", function, X, X, alpha=None)
     raises(TypeError, "beta must be a number or a float array, got True (bool).", function, X, X, beta=True)
+    for option in ("alpha", "beta"):
+        raises(ValueError, f"{option} must be in (-inf, inf), got nan.", function, X, X, **{option: np.nan})
+        raises(
+            ValueError, f"{option} must be in (-inf, inf), got inf.", function, X, X, **{option: jnp.float32(np.inf)}
+        )
     raises(ValueError, "logits must broadcast against the shape (8, 6) of x, got shape (5,).", function, X, np.ones(5))
     raises(ValueError, "beta must broadcast against the shape (6,) of x", function, X[0], 0.0, beta=X)
 

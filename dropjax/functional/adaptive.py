@@ -37,7 +37,7 @@ def standout(
       key: one JAX key; it is consumed.
       x: float or complex `[...]`: the activations.
       logits: float, of the shape of x or what broadcasts against it: the preactivations W a of which x = g(W a).
-      alpha: scale of the logits, a number or a float array that broadcasts against x; may be traced.
+      alpha: scale of the logits, finite: a number or a float array that broadcasts against x; may be traced.
       beta: shift of the logits, the same. At alpha = 0 every unit is kept with probability sigmoid(beta).
       start: `{dim: index}`, where this piece starts in the whole array; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
@@ -70,7 +70,7 @@ def standout_expectation(x: ArrayLike, logits: ArrayLike, *, alpha: ArrayLike = 
     Args:
       x: float or complex `[...]`: the activations.
       logits: float, of the shape of x or what broadcasts against it.
-      alpha: scale of the logits, a number or a float array that broadcasts against x.
+      alpha: scale of the logits, finite: a number or a float array that broadcasts against x.
       beta: shift of the logits, the same.
 
     Returns:
@@ -93,16 +93,10 @@ def standout_expectation(x: ArrayLike, logits: ArrayLike, *, alpha: ArrayLike = 
 
 def _check(function: str, x: ArrayLike, *affine: Any) -> tuple[Array, tuple[Array, ...]]:
     x = _checks.array(function, x)
-    named = zip(("logits", "alpha", "beta"), affine, strict=True)
-    return x, tuple(_real(function, name, value, x.shape) for name, value in named)
-
-
-def _real(function: str, argument: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """Returns a float array that broadcasts against `shape`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number and not (_checks.is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
-        raise TypeError(f"{function}: {argument} must be a number or a float array, got {_checks.describe(value)}.")
-    return _checks.broadcasts(function, argument, jnp.asarray(float(value) if number else value), shape)
+    ranges = {"logits": None, "alpha": "(-inf, inf)", "beta": "(-inf, inf)"}  # a NaN of the network stays a NaN
+    named = zip(ranges.items(), affine, strict=True)
+    arrays = [(argument, _checks.real(function, argument, value, range)) for (argument, range), value in named]
+    return x, tuple(_checks.broadcasts(function, argument, value, x.shape) for argument, value in arrays)
 
 
 @jax.jit

@@ -80,7 +80,7 @@ def variational_dropout_kl(log_alpha: ArrayLike, *, approximation: str = "sigmoi
         "cubic":   0.63518 - log(alpha) / 2 - 1.16145124 alpha + 1.50204118 alpha^2 - 0.58629921 alpha^3, within 0.041.
 
     Args:
-      log_alpha: real float `[...]`; not above 0 for `"cubic"`.
+      log_alpha: a number, or a float array `[...]`, in `[-inf, inf]`; not above 0 for `"cubic"`.
       approximation: `"sigmoid"`, for every alpha, or `"cubic"`, of the first paper, for alpha up to 1.
 
     Returns:
@@ -99,7 +99,7 @@ def variational_dropout_kl(log_alpha: ArrayLike, *, approximation: str = "sigmoi
       trick](https://arxiv.org/abs/1506.02557), 2015, `"cubic"`. Molchanov, Ashukha, Vetrov, [Variational
       dropout sparsifies deep neural networks](https://arxiv.org/abs/1701.05369), 2017, `"sigmoid"`.
     """
-    values = _checks.array("variational_dropout_kl", log_alpha, real=True, argument="log_alpha")
+    values = _checks.real("variational_dropout_kl", "log_alpha", log_alpha, "[-inf, inf]")
     if approximation not in ("sigmoid", "cubic"):
         raise ValueError(
             f"variational_dropout_kl: approximation must be 'sigmoid' or 'cubic', got "

@@ -135,6 +135,7 @@ def _variational_gaussian_dropout(draw: bits.Draw, x: Array, log_alpha: Rate) ->
 
 def parameter(function: str, argument: str, value: Any, shape: tuple[int, ...], range: str, dtype: Any) -> Rate:
     """Checks what is learned as a rate is checked, and returns it with the precision that its gradient needs."""
+    _checks.real(function, argument, value)
     checked = _checks.rate(function, value, shape, argument=argument, range=range)
     return checked if isinstance(checked, Fixed) else jnp.asarray(value).astype(dtype).reshape(checked.shape)
 
@@ -144,15 +145,23 @@ def learned(parameter: Rate, dtype: Any) -> Array:
     return jnp.asarray(parameter.value if isinstance(parameter, Fixed) else parameter, dtype)
 
 
-def logits(function: str, rate: float, shape: Sequence[int]) -> Array:
+def logits(function: str, rate: float, shape: int | Sequence[int]) -> Array:
     """The first value of a `rate_logit`, float32 `[*shape]`."""
     first = _checks.rate(function, rate, (), argument="initial_rate", range="(0, 1)")
-    return jnp.full(tuple(shape), jax.scipy.special.logit(learned(first, jnp.float32)))
+    return jnp.full(_checks.shape(function, shape), jax.scipy.special.logit(learned(first, jnp.float32)))
 
 
-def noise(function: str, value: float, per: str, shape: tuple[int, int]) -> Array:
+def log_variances(function: str, argument: str, value: float, shape: int | Sequence[int]) -> Array:
+    """The first value of a `log_alpha` or `log_sigma2`, float32 `[*shape]`."""
+    first = _checks.real(function, argument, value, "(-inf, inf)")
+    if first.ndim:
+        raise ValueError(f"{function}: {argument} must be one number, got {_checks.describe(value)}.")
+    return jnp.full(_checks.shape(function, shape), first, jnp.float32)
+
+
+def noise(function: str, argument: str, value: float, per: str, shape: tuple[int, int]) -> Array:
     """The first value of the noise of a kernel's weights, float32: one for each weight, unit or layer."""
     shapes = {"weight": shape, "unit": (shape[0], 1), "layer": ()}
     if per not in shapes:
         raise ValueError(f"{function}: per must be one of {tuple(shapes)}, got {_checks.describe(per)}.")
-    return jnp.full(shapes[per], value, jnp.float32)
+    return log_variances(function, argument, value, shapes[per])

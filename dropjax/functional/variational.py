@@ -86,8 +86,8 @@ def variational_dense(
       key: one JAX key; it is consumed.
       x: real float `[..., features]`.
       kernel: real float `[features, outputs]`.
-      log_alpha: log of the variance of the noise; float, broadcasts against the kernel: `[]` for the layer,
-        `[outputs]` or `[features, 1]` for units, `[features, outputs]` for weights.
+      log_alpha: log of the variance of the noise, in `[-inf, inf)`: a number, or a float array that broadcasts
+        against the kernel: `[outputs]` or `[features, 1]` for units, `[features, outputs]` for weights.
       start: `{dim: index}`, where this piece of y starts in the whole; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each dimension of y that is cut. Where x's
         features are cut, add up x @ kernel and the variance first, and use `local_reparametrization`.
@@ -134,7 +134,7 @@ def sparse_variational_dense(
       key: one JAX key; it is consumed.
       x: real float `[..., features]`.
       kernel: real float `[features, outputs]`, the means of the weights.
-      log_sigma2: log of the variances of the weights; float, broadcasts against the kernel.
+      log_sigma2: log of the variances of the weights, in `[-inf, inf)`; a number or array, broadcasts to the kernel.
       start: `{dim: index}`, where this piece of y starts in the whole; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each dimension of y that is cut. Where x's
         features are cut, add up x @ kernel and the variance first, and use `local_reparametrization`.
@@ -198,7 +198,7 @@ def inputs(function: str, x: ArrayLike) -> Array:
 
 def _parameter(function: str, argument: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any) -> Array:
     """Returns a parameter of the weights, in a shape that broadcasts against theirs."""
-    array = _checks.array(function, value, real=True, argument=argument)
+    array = _checks.real(function, argument, value, "[-inf, inf)")  # -inf: no noise
     try:
         good = jnp.broadcast_shapes(array.shape, shape) == shape
     except ValueError:
@@ -221,7 +221,7 @@ def sparse_log_alpha(kernel: ArrayLike, log_sigma2: ArrayLike) -> Array:
 
     Args:
       kernel: real float `[features, outputs]`, or of any other shape.
-      log_sigma2: float, broadcasts against the kernel.
+      log_sigma2: a number in `[-inf, inf)`, or a float array that broadcasts against the kernel.
 
     Returns:
       Array of the shape and dtype of the kernel. Where it is clipped its derivatives are 0.
@@ -237,12 +237,18 @@ def sparse_log_alpha(kernel: ArrayLike, log_sigma2: ArrayLike) -> Array:
       Molchanov, Ashukha, Vetrov, [Variational dropout sparsifies deep neural
       networks](https://arxiv.org/abs/1701.05369), 2017. The limits are those of their code.
     """
-    kernel = _checks.array("sparse_log_alpha", kernel, real=True, argument="kernel")
+    kernel, log_alpha = _log_alpha("sparse_log_alpha", kernel, log_sigma2)
+    return log_alpha.astype(kernel.dtype)
+
+
+def _log_alpha(function: str, kernel: ArrayLike, log_sigma2: ArrayLike) -> tuple[Array, Array]:
+    """Returns the kernel and log alpha, float32 at least: what is compared with a threshold is not rounded before."""
+    kernel = _checks.array(function, kernel, real=True, argument="kernel")
     wide = masks.wide(kernel)
-    log_sigma2 = _parameter("sparse_log_alpha", "log_sigma2", log_sigma2, kernel.shape, wide)
+    log_sigma2 = _parameter(function, "log_sigma2", log_sigma2, kernel.shape, wide)
     # a kernel that is 0, or whose inverse would overflow, counts as the least normal number
     size = jnp.maximum(jnp.abs(kernel.astype(wide)), jnp.finfo(wide).tiny)
-    return jnp.clip(log_sigma2 - 2 * jnp.log(size), -_CLIP, _CLIP).astype(kernel.dtype)
+    return kernel, jnp.clip(log_sigma2 - 2 * jnp.log(size), -_CLIP, _CLIP)
 
 
 def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
@@ -252,7 +258,7 @@ def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float 
 
     Args:
       kernel: real float `[features, outputs]`, or of any other shape.
-      log_sigma2: float, broadcasts against the kernel.
+      log_sigma2: a number in `[-inf, inf)`, or a float array that broadcasts against the kernel.
       threshold: log alpha above which a weight is 0.
 
     Returns:
@@ -269,8 +275,8 @@ def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float 
       Molchanov, Ashukha, Vetrov, [Variational dropout sparsifies deep neural
       networks](https://arxiv.org/abs/1701.05369), 2017.
     """
-    kernel = _checks.array("sparse_kernel", kernel, real=True, argument="kernel")
-    return jnp.where(sparse_log_alpha(kernel, log_sigma2) > threshold, jnp.zeros_like(kernel), kernel)
+    kernel, log_alpha = _log_alpha("sparse_kernel", kernel, log_sigma2)
+    return jnp.where(log_alpha > threshold, jnp.zeros_like(kernel), kernel)
 
 
 def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
@@ -278,7 +284,7 @@ def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0
 
     Args:
       kernel: real float `[features, outputs]`, or of any other shape with an element.
-      log_sigma2: float, broadcasts against the kernel.
+      log_sigma2: a number in `[-inf, inf)`, or a float array that broadcasts against the kernel.
       threshold: log alpha above which a weight is 0.
 
     Returns:
@@ -291,4 +297,4 @@ def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0
       >>> sparsity(jnp.array([1.0, 0.1, 0.01, 0.001]), -2.0)
       Array(0.5, dtype=float32)
     """
-    return (sparse_log_alpha(kernel, log_sigma2) > threshold).mean(dtype=jnp.float32)
+    return (_log_alpha("sparsity", kernel, log_sigma2)[1] > threshold).mean(dtype=jnp.float32)

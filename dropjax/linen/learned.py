@@ -41,7 +41,7 @@ class ConcreteDropout(Layer):
     initial_rate: float = 0.1
     temperature: ArrayLike = 0.1
     broadcast_dims: Sequence[int] = ()
-    shape: Sequence[int] = ()
+    shape: int | Sequence[int] = ()
 
     _function = staticmethod(learned.concrete_dropout)
 
@@ -64,13 +64,14 @@ class VariationalGaussianDropout(Layer):
 
     initial_log_alpha: float = -2.2
     broadcast_dims: Sequence[int] = ()
-    shape: Sequence[int] = ()
+    shape: int | Sequence[int] = ()
 
     _function = staticmethod(learned.variational_gaussian_dropout)
 
     def setup(self) -> None:
         """Makes the parameter."""
-        first = jnp.full(tuple(self.shape), float(self.initial_log_alpha), jnp.float32)
+        name = "VariationalGaussianDropout"
+        first = learned.log_variances(name, "initial_log_alpha", self.initial_log_alpha, self.shape)
         self.log_alpha = self.param("log_alpha", lambda _: first)
 
 
@@ -118,8 +119,9 @@ class _Dense(Layer):
         x = variational.inputs(self._function.__name__, inputs)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        value = getattr(self, f"initial_{self._noise}")
-        noise = self.param(self._noise, lambda _: learned.noise(type(self).__name__, value, self.per, shape))
+        first = f"initial_{self._noise}"
+        given = (type(self).__name__, first, getattr(self, first), self.per, shape)
+        noise = self.param(self._noise, lambda _: learned.noise(*given))
         if not self.is_initializing() and self.is_mutable_collection("losses"):
             kl = divergences.variational_dropout_kl(self._log_alpha(kernel, noise))
             kl = jnp.broadcast_to(kl, shape).sum()  # once, also where the layer is called twice

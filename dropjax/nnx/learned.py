@@ -42,7 +42,7 @@ class ConcreteDropout(Layer):
     _: dataclasses.KW_ONLY
     temperature: ArrayLike = 0.1
     broadcast_dims: Sequence[int] = ()
-    shape: Sequence[int] = ()
+    shape: int | Sequence[int] = ()
     _function = staticmethod(learned.concrete_dropout)
 
     def __post_init__(self) -> None:
@@ -65,12 +65,14 @@ class VariationalGaussianDropout(Layer):
     initial_log_alpha: float = -2.2
     _: dataclasses.KW_ONLY
     broadcast_dims: Sequence[int] = ()
-    shape: Sequence[int] = ()
+    shape: int | Sequence[int] = ()
     _function = staticmethod(learned.variational_gaussian_dropout)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.log_alpha = nnx.Param(jnp.full(tuple(self.shape), self.initial_log_alpha, jnp.float32))
+        name = "VariationalGaussianDropout"
+        first = learned.log_variances(name, "initial_log_alpha", self.initial_log_alpha, self.shape)
+        self.log_alpha = nnx.Param(first)
 
 
 @nnx.dataclass(eq=False)
@@ -95,8 +97,9 @@ class _Dense(Layer):
         shape, streams = (self.in_features, self.out_features), self.rngs
         super().__post_init__()
         self.kernel = nnx.Param(self.kernel_init(streams.params(), shape, jnp.float32))
-        value = getattr(self, f"initial_{self._noise}")
-        setattr(self, self._noise, nnx.Param(learned.noise(type(self).__name__, value, self.per, shape)))
+        first = f"initial_{self._noise}"
+        noise = learned.noise(type(self).__name__, first, getattr(self, first), self.per, shape)
+        setattr(self, self._noise, nnx.Param(noise))
         bias = self.bias_init(streams.params(), shape[1:], jnp.float32) if self.use_bias else None
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
