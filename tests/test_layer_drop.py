@@ -163,7 +163,8 @@ def test_errors():
     message = "layer_drop: fn must return the structure, shapes and dtypes of x, which takes its place where the layer "
     raises(ValueError, message + "is left out, got float32[2] for float32[2,3].", drop, key, lambda x: x[:, 0], X, 0.5)
     raises(ValueError, "got bfloat16[2,3] for float32[2,3].", drop, key, lambda x: x.astype(jnp.bfloat16), X, 0.5)
-    raises(ValueError, "is left out, got ", drop, key, lambda x: (x, x), X, 0.5)
+    for rate in (0, 0.5, 1.0):
+        raises(ValueError, "is left out, got ", drop, key, lambda x: (x, x), X, rate)
     raises(TypeError, "fn must be a function of x, got float32[2,3].", drop, key, X, lambda x: x, 0.5)
     raises(TypeError, "x must hold a float or complex array, got int32[3].", drop, key, lambda x: x, jnp.arange(3), 0.5)
     raises(ValueError, "rate must be one number, got float32[3]. Scan over", drop, key, lambda x: x, X, jnp.ones(3))
@@ -175,6 +176,7 @@ class LinenBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x))
+        self.sow("intermediates", "h", h)  # does nothing where the collection is not mutable
         return x + nn.Dropout(0.5, deterministic=False)(h)
 
 
@@ -198,6 +200,8 @@ def test_linen_wrapper(key):
     bad = layer.clone(rate=jnp.float32(2))
     with pytest.raises(ValueError, match=r"LayerDrop: rate must be in \[0, 1\], got 2.0"):
         bad.apply(variables, X, rng=key, rngs={"dropout": key}, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match=r"LayerDrop: module must not make variables, .* in \['intermediates'\]"):
+        layer.apply(variables, X, rng=key, rngs={"dropout": key}, mutable=["batch_stats", "intermediates"])
     plain = dropjax.linen.LayerDrop(nn.Dense(3), 1.0)
     variables = plain.init(key, X, deterministic=False)
     np.testing.assert_array_equal(plain.apply(variables, X, deterministic=False, rng=key), X)

@@ -26,7 +26,8 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop
     """Runs a stochastic function for two keys at once, and measures by how much its two predictions differ.
 
     loss = mean over both draws of the task's loss + alpha * mean of (KL(p1 || p2) + KL(p2 || p1)) / 2. Both draws are
-    one batch (`jax.vmap` over the keys), which reads the weights once.
+    one batch (`jax.vmap` over the keys), which reads the weights once. A function that ignores its key, such as a
+    network in evaluation, has a divergence of exactly 0: no error, and no regularisation.
 
     Args:
       fn: function of a key that returns logits, float `[..., classes]`.

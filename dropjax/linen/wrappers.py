@@ -21,7 +21,8 @@ class LayerDrop(nn.Module):
     """Runs a module, or leaves it out and returns its input: `dropjax.layer_drop` as a wrapper.
 
     A module that is left out costs nothing, and leaves its statistics as they were; its parameters are always made. It
-    holds its residual connection, so that its output has the structure, shapes and dtypes of its input.
+    holds its residual connection, so that its output has the structure, shapes and dtypes of its input. What it sows
+    into mutable collections is an error, since it would be missing where the module is left out.
 
     Attributes:
       module: the module that is run.
@@ -63,10 +64,22 @@ class LayerDrop(nn.Module):
             return self.module(inputs, *args, **kwargs)
 
         def fn(module: Any, inputs: Any) -> Any:
-            return module(inputs, *args, **kwargs)
+            before = _structures(module)
+            y = module(inputs, *args, **kwargs)
+            if made := [name for name, of in _structures(module).items() if of != before.get(name, of_nothing)]:
+                raise ValueError(
+                    f"LayerDrop: module must not make variables, which it would not where it is left out, got new ones "
+                    f"in {made}. Take them out of mutable=, or sow what LayerDrop returns."
+                )
+            return y
 
+        of_nothing = jax.tree.structure({})
         inputs = jax.tree.map(jnp.asarray, inputs)
         return depth.left_out("LayerDrop", nn.switch, depth.branch("LayerDrop", key, rate), fn, self.module, inputs)
+
+
+def _structures(module: nn.Module) -> dict[str, Any]:
+    return {name: jax.tree.structure(variables) for name, variables in module.variables.items()}
 
 
 class WeightDrop(nn.Module):
