@@ -193,6 +193,14 @@ def test_what_jax_and_flax_do_not_do(key):
             flax.linen.Dropout(0.5, deterministic=False).apply({}, placed, rngs={"dropout": key})
         with pytest.raises(ValueError, match="does not evenly divide the dimension size 1"):
             nnx.Dropout(0.5, broadcast_dims=(0,), rngs=rngs)(placed)
+        for run in [
+            lambda x: dropjax.targeted_dropout(key, x, 0.5),
+            lambda x: dropjax.token_dropout(key, x, 0.5, token_axis=0, batch_axes=()).tokens,
+            lambda x: dropjax.masksembles_samples(lambda x: x, x, 3),
+        ]:
+            with pytest.raises(Exception, match=r"sharding"):
+                run(placed)
+            np.testing.assert_array_equal(run(jax.sharding.reshard(placed, P())), run(x))
 
 
 @st.composite

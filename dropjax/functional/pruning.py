@@ -38,7 +38,8 @@ def targeted_dropout(
 
     Args:
       key: one JAX key; it is consumed.
-      x: float or complex `[..., inputs, units]`, the kernel of a dense layer or a convolution.
+      x: float or complex `[..., inputs, units]`, the kernel of a dense layer or a convolution. A vector, of units
+        without inputs, has `kind="unit"`.
       rate: probability of dropping a candidate, in `[0, 1]`: a number, or a float array that broadcasts against
         x. It may be traced, and is not differentiated.
       targeted: share of the weights or units that are candidates, in `[0, 1]`: a number, or a scalar array that may
@@ -76,11 +77,6 @@ def targeted_dropout(
         raise ValueError(f"targeted_dropout: kind must be one of {KINDS}, got {_checks.describe(kind)}.")
     rescale = _checks.flag("targeted_dropout", "rescale", rescale)
     inputs = _checks.places("targeted_dropout", x.ndim, channel_axis, batch_axes)
-    if kind == "weight" and not inputs:
-        raise ValueError(
-            "targeted_dropout: x must have a dimension of inputs besides channel_axis and batch_axes, along which "
-            f"weights are ranked, got shape {x.shape}. To rank the elements of a vector, pass kind='unit'."
-        )
     unit = channel_axis % x.ndim
     shared = inputs if kind == "unit" else ()
     _checks.whole("targeted_dropout", checked, shared, "all weights of a unit")
@@ -90,6 +86,11 @@ def targeted_dropout(
     ranked = sorted([unit, *inputs]) if kind == "unit" else inputs
     placed = {d % x.ndim for d in start or ()}
     everything = isinstance(share, Fixed) and share.value == 1
+    if not everything and not ranked:
+        raise ValueError(
+            "targeted_dropout: x must have a dimension of inputs besides channel_axis and batch_axes, along which "
+            f"weights are ranked, got shape {x.shape}. To rank the elements of a vector, pass kind='unit'."
+        )
     if not everything and any(d in placed or draw.cut[d] for d in ranked):
         raise ValueError(
             f"targeted_dropout: start and sharded_dims must not be along dimensions {tuple(ranked)}, which are ranked "

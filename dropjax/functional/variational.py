@@ -87,7 +87,7 @@ def variational_dense(
       x: real float `[..., features]`.
       kernel: real float `[features, outputs]`.
       log_alpha: log of the variance of the noise, in `[-inf, inf)`: a number, or a float array that broadcasts
-        against the kernel: `[outputs]` or `[features, 1]` for units, `[features, outputs]` for weights.
+        against the kernel, `[outputs]` or `[features, 1]` for units, `[features, outputs]` for weights.
       start: `{dim: index}`, where this piece of y starts in the whole; indices may be traced.
       sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each dimension of y that is cut. Where x's
         features are cut, add up x @ kernel and the variance first, and use `local_reparametrization`.
