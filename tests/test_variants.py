@@ -158,10 +158,10 @@ def test_gradient_of_alpha_dropout_is_its_scale_where_kept(key):
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4, 2), (2, 3, 0, 5)])
 def test_empty_arrays(variant, key, shape):
     axes = {"channel_axis", "head_axis"} & set(inspect.signature(variant.function).parameters)
-    options = {k: v for k, v in variant.options.items() if k in axes}
+    options = {k: v for k, v in variant.options.items() if k in axes | {"targeted"}}
     x = jnp.zeros(shape)
     if axes and len(shape) == 1:
-        options = {**dict.fromkeys(axes, 0), "batch_axes": ()}
+        options = {**options, **dict.fromkeys(axes, 0), "batch_axes": ()}
     assert variant.function(key, x, RATE, **options).shape == shape
 
 
