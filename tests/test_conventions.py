@@ -30,6 +30,7 @@ ORDER = [
     "bits",
     "masks",
     "functional",
+    "_drawing",
     "linen",
     "nnx",
     "schedules",

@@ -257,7 +257,7 @@ def _share(kept: Any, numbers: np.ndarray, weights: np.ndarray, high: Callable[[
     """The mean of kept^number over places, in units of 2^-32; products are rounded down."""
     along = (1,) * (kept.ndim - 1) + (-1,)
     power, square, exponents = kept, kept, (numbers - 1).reshape(along)
-    where: Callable[..., Any] = np.where if isinstance(kept, np.ndarray) else jnp.where
+    where: Any = np.where if isinstance(kept, np.ndarray) else jnp.where
     for i in range(int(exponents.max()).bit_length()):
         odd, factor = (exponents >> i) % 2 == 1, high(power, square)
         power = factor if odd.all() else where(odd, factor, power) if odd.any() else power
