@@ -66,6 +66,12 @@ def of_rows(function: str, layer: Any, call: Callable[..., Any], inputs: Any, pl
                 f"{function}: masks must be 'per_example' where dimension 0 holds no examples, got 'shared' and "
                 f"{axis} 0 of {name}. For examples along dimension 0 change {axis}."
             )
+    cut = [d for d, _ in getattr(layer, "sharded_dims", None) or ()] + list(place.get("start") or ())
+    if any(d in (0, -jnp.ndim(inputs)) for d in cut):
+        raise ValueError(
+            f"{function}: masks must be 'per_example' where dimension 0 is cut, got 'shared' and sharded_dims or start "
+            f"of dimension 0 of {name}: each piece would have a mask of its own."
+        )
     indices = place.get("indices")
 
     def of_one(row: Array, index: Array | None) -> Any:

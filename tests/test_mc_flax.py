@@ -207,7 +207,9 @@ def test_shared_masks_need_a_batch(key):
         lambda: jax.vmap(lambda x: linen.mc_apply(linen.DropPath(0.5), {}, key, x, masks="shared"))(X[0]),
         lambda: linen.mc_apply(linen.SpatialDropout(0.5, channel_axis=0), {}, key, X, masks="shared"),
         lambda: linen.mc_apply(attention, parameters, key, X[0], deterministic=True, masks="shared"),
+        lambda: linen.mc_apply(linen.Dropout(0.5, sharded_dims={0: "data"}), {}, key, X, masks="shared"),
         lambda: view(x),
+        lambda: dropjax.nnx.mc_view(dropjax.nnx.Dropout(0.5, sharded_dims={-3: "data"}), key, masks="shared")(X),
         lambda: dropjax.nnx.mc_view(heads, key, masks="shared")(X[0]),
     ]:
         with pytest.raises(ValueError, match="masks must be 'per_example' where"):
