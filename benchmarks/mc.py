@@ -1,6 +1,7 @@
 """Monte Carlo dropout: a hundred samples against one pass, and against a Python loop of passes.
 
 python -m benchmarks.mc [--quick] [--rounds 7]
+python -m benchmarks.mc --devices 2                  samples shared among CPU devices, into mc_mesh.json
 """
 
 import argparse
@@ -92,13 +93,36 @@ def against_a_loop(rounds: int, batch: int, chunk_size: int) -> Row:
     }  # fmt: skip
 
 
+def over_a_mesh(rounds: int, batch: int) -> Row:
+    """T samples shared among all devices, in times of one device; the cores are the same."""
+    one_pass, weights, x = network(batch)
+    key, mesh = jax.random.key(0), jax.make_mesh((jax.device_count(),), ("samples",))
+
+    def run(mesh: Any) -> Callable[[], Any]:
+        compiled: Any = jax.jit(
+            lambda key, weights, x: mc.classify(
+                lambda key: one_pass(key, weights, x), key, T, chunk_size=2 * jax.device_count(), mesh=mesh
+            )
+        )
+        return lambda: compiled(key, weights, x)
+
+    seconds = timing.alternate({"one": run(None), "mesh": run(mesh)}, rounds)
+    return {"devices": jax.device_count(), "batch": batch, "ratio": timing.ratios(seconds, "one")["mesh"]}
+
+
 def main() -> None:
     """Runs all, prints, and writes benchmarks/results/mc.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="three rounds")
+    parser.add_argument("--devices", type=int, default=1, help="of the CPU; more than one measures the mesh alone")
     args = parser.parse_args()
     rounds = 3 if args.quick else args.rounds
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        rows = [over_a_mesh(rounds, batch) for batch in (1, 1000)]
+        print(rows, timing.save("mc_mesh", {"rounds": rounds, "samples": T, "rows": rows}))
+        return
     results = {
         "dropout in the head, against one pass": head_only(rounds, 64),
         "dropout everywhere, batch 1, against a loop": against_a_loop(rounds, 1, T),

@@ -74,7 +74,7 @@ def test_monte_carlo(function):
     raises(ValueError, f"{name}: chunk_size must be at least 1, got 0.", function, fn, KEY, 3, chunk_size=0)
     raises(TypeError, f"{name}: fn must be a function of a key, got 3.", function, 3, KEY, 3)
     raises(TypeError, f"{name}: key must be a JAX random key, got 0.", function, fn, 0, 3)
-    message = "classify: fn must return logits, a float array [..., classes], got "
+    message = "classify: fn must return logits, a float array [..., classes] of at least one class, got "
     raises(
         TypeError, message + "int32[2].", mc.classify, lambda key: jax.random.key_data(key).astype(jnp.int32), KEY, 3
     )

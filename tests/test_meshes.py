@@ -219,7 +219,7 @@ def places(draw_one):
     return mesh_shape, tuple(lengths), over, mode, order
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     place=places(),
     name=st.sampled_from(sorted(VARIANTS)),
