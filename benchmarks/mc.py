@@ -35,15 +35,17 @@ class Convolutional(nn.Module):
         return nn.Dense(10)(x if key is None else dropjax.dropout(key, x, 0.5))
 
 
-def network(batch: int) -> tuple[Callable[[Array, Any, Array], Array], Any, Array]:
-    """784-1200-1200-10 with dropout before every layer; the pass, its weights and an input."""
+def network(batch: int, *, of_inputs: bool = True) -> tuple[Callable[..., Array], Any, Array]:
+    """784-1200-1200-10 with dropout before every layer (or not before the first); the pass, its weights, an input."""
     rng = np.random.default_rng(0)
     sizes = (784, 1200, 1200, 10)
     weights = [jnp.asarray(rng.normal(0, (2 / m) ** 0.5, (m, n)), jnp.float32) for m, n in itertools.pairwise(sizes)]
 
-    def one_pass(key: Array, weights: Any, x: Array) -> Array:
+    def one_pass(key: Array | None, weights: Any, x: Array) -> Array:
         for i, w in enumerate(weights):
-            x = dropjax.dropout(jax.random.fold_in(key, i), x, 0.5) @ w
+            if key is not None and (i > 0 or of_inputs):
+                x = dropjax.dropout(jax.random.fold_in(key, i), x, 0.5)
+            x = x @ w
             x = x if i == len(weights) - 1 else jax.nn.relu(x)
         return x
 
@@ -69,9 +71,9 @@ def head_only(rounds: int, batch: int) -> Row:
     return {"batch": batch, "ratio": timing.ratios(seconds, "once")["ours"], "share of FLOPs shared": share}
 
 
-def against_a_loop(rounds: int, batch: int, chunk_size: int) -> Row:
-    """The summary of T samples of a network with dropout everywhere, in times of a loop of T jitted passes."""
-    one_pass, weights, x = network(batch)
+def against_a_loop(rounds: int, batch: int, chunk_size: int, *, of_inputs: bool = True) -> Row:
+    """The summary of T samples in times of a loop of T jitted passes, and that loop without any dropout."""
+    one_pass, weights, x = network(batch, of_inputs=of_inputs)
     key = jax.random.key(0)
     jitted: Any = jax.jit(one_pass)
     folded: Any = jax.jit(jax.random.fold_in)
@@ -86,10 +88,15 @@ def against_a_loop(rounds: int, batch: int, chunk_size: int) -> Row:
         return [jitted(folded(key, t), weights, x) for t in range(T)]
 
     streamed: Any = jax.jit(ours)
-    seconds = timing.alternate({"loop": loop, "ours": lambda: streamed(key, weights, x)}, rounds)
+    runs = {
+        "loop": loop, "ours": lambda: streamed(key, weights, x),
+        "loop without": lambda: [jitted(None, weights, x) for _ in range(T)],
+    }  # fmt: skip
+    ratios = timing.ratios(timing.alternate(runs, rounds), "loop")
     peak = memory(ours, key, weights, x) / memory(chunk, jax.random.split(key, chunk_size), weights, x)
     return {
-        "batch": batch, "chunk": chunk_size, "ratio": timing.ratios(seconds, "loop")["ours"], "memory in chunks": peak
+        "batch": batch, "chunk": chunk_size, "ratio": ratios["ours"], "loop without dropout": ratios["loop without"],
+        "memory in chunks": peak,
     }  # fmt: skip
 
 
@@ -127,9 +134,10 @@ def main() -> None:
         "dropout in the head, against one pass": head_only(rounds, 64),
         "dropout everywhere, batch 1, against a loop": against_a_loop(rounds, 1, T),
         "dropout everywhere, batch 1000, against a loop": against_a_loop(rounds, 1000, 2),
+        "dropout of hidden units, batch 1000, against a loop": against_a_loop(rounds, 1000, 2, of_inputs=False),
     }
     for name, row in results.items():
-        print(f"{name:<50}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+        print(f"{name:<52}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     print(timing.save("mc", {"rounds": rounds, "samples": T, "rows": results}))
 
 

@@ -59,13 +59,12 @@ def is_traced(value: Any) -> bool:
 def array(function: str, x: ArrayLike, *, real: bool = False, argument: str = "x") -> Array:
     """Returns x as an array of a float or complex dtype that dropout can be applied to."""
     name = f"{function}: {argument} must"
-    wrong = f"{name} be a float or complex array, got {describe(x)}. "
-    if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        raise TypeError(wrong + _ORDER)
     numeric = is_array(x) and getattr(x.dtype, "kind", "") not in "OSUMm"
-    if not numeric and not hasattr(x, "__jax_array__") and not isinstance(x, complex | float | int):
-        raise TypeError(wrong + "Convert it with jnp.asarray.")
-    x = jnp.asarray(x)
+    typed = is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    if typed or not (numeric or hasattr(x, "__jax_array__") or isinstance(x, complex | float | int)):
+        remedy = _ORDER if typed else "Convert it with jnp.asarray."
+        raise TypeError(f"{name} be a float or complex array, got {describe(x)}. {remedy}")
+    x = x if isinstance(x, Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{name} be a float or complex array, got {describe(x)}. Dropping scales what it keeps, which integers "

@@ -36,9 +36,9 @@ _NARROW = 32  # columns from which on the words of rows are kept in an array
 )
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One draw: the words of its key and the place of the piece that draws."""
+    """One draw: its key and the place of the piece that draws."""
 
-    key: Array  # uint32[2]
+    key: Array  # its words, uint32[2], or where it is known the typed key: see `draw`
     origin: tuple[Array | None, ...]  # where the piece starts along each dimension; None is 0
     cut: tuple[tuple[str, ...], ...]  # the mesh axes over which each dimension is cut
     shared: tuple[int, ...] = ()  # dimensions along which the index is 0
@@ -71,7 +71,10 @@ def draw(
             "'threefry', whose masks would not be those of jax.random.bernoulli."
         )
     place = sharding.place(function, key, data, shape, start, sharded_dims)
-    return Draw(key_words(function, key, generator), *place, dims, generator)
+    if _checks.is_traced(key) or generator == "threefry" or _flag("jax_debug_key_reuse"):
+        key = key_words(function, key, generator)
+    # else outside jit, where to read the words by a call of its own would take as long as all the rest
+    return Draw(key, *place, dims, generator)
 
 
 def key_words(function: str, key: Array, generator: str = "mix") -> Array:
@@ -97,6 +100,8 @@ def _flag(name: str) -> bool:
 @jax.jit
 def _two_words(words: Array) -> Array:
     """One or four words to two: threefry of one half under the other, so that no pattern cancels."""
+    if words.shape == (2,):
+        return words
     if words.shape == (1,):
         return jnp.stack([words[0], jnp.zeros_like(words[0])])
     return jnp.stack(threefry2x32(words[0], words[1], words[2], words[3]))
@@ -182,7 +187,7 @@ def _words_of(draw: Draw, shape: tuple[int, ...]) -> Array:
 def words(draw: Draw, shape: tuple[int, ...]) -> Array:
     """The contract's words, uint32, of length 1 along the shared dimensions."""
     *leading, column = _coordinates(draw, shape) or [jnp.uint32(0)]
-    k0, k1 = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
+    k0, k1 = _domain_words(draw)
     a, b = _row_words(k0, k1, leading)
     c, d = _column_words(k0, k1, column)
     if c.size != 1 and column.shape[-1] >= _NARROW:
@@ -199,8 +204,13 @@ def words_at(draw: Draw, *coordinates: ArrayLike) -> Array:
     vocabulary or an edge between two nodes, and not by where it lies.
     """
     *leading, column = (jnp.asarray(index).astype(jnp.uint32) for index in coordinates)
-    k0, k1 = draw.key[0] ^ _DOMAIN[0], draw.key[1] ^ _DOMAIN[1]
+    k0, k1 = _domain_words(draw)
     return _mix(*_row_words(k0, k1, leading), *_column_words(k0, k1, column))
+
+
+def _domain_words(draw: Draw) -> tuple[Array, Array]:
+    words = _two_words(jax.random.key_data(draw.key) if _checks.is_typed(draw.key) else draw.key)
+    return words[0] ^ _DOMAIN[0], words[1] ^ _DOMAIN[1]
 
 
 def _row_words(k0: Array, k1: Array, leading: Sequence[Array]) -> tuple[Array, Array]:
