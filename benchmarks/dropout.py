@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,24 @@ def measure(shape: tuple[int, ...], dtype: Any, rounds: int, *, peers: bool) -> 
     return row
 
 
+def cores(rounds: int) -> programs.Figures:
+    """New memory, 4096 x 4096 of float32: times of `x * 2`, and on how many cores, of filling it and of dropout."""
+    steps = dropjax_steps(jax.random.key(0)) | {"zeros": lambda x: jnp.zeros_like(x) + x[0, 0]}
+    runs = runs_of(steps, (4096, 4096), jnp.float32, "fresh")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    used: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(4 * rounds):
+        for name in [*runs][i % len(runs) :] + [*runs][: i % len(runs)]:
+            begin, busy = time.perf_counter(), time.process_time()
+            jax.block_until_ready(runs[name]())
+            seconds[name].append(time.perf_counter() - begin)
+            used[name].append((time.process_time() - busy) / seconds[name][-1])
+    times = timing.ratios(seconds, "x * 2")
+    return {f"{name}: times": times[name] for name in runs} | {
+        f"{name}: cores": statistics.median(used[name]) for name in runs
+    }
+
+
 def table(rows: list[Row]) -> str:
     """The sizes as Markdown; every figure but the first is a ratio to `x * 2`, the last one to dropjax."""
     lines = [
@@ -185,7 +204,7 @@ def main() -> None:
     peers = [measure(square, dtype, options.rounds, peers=True) for dtype in tqdm(dtypes, desc="peers")]
     small = [programs.residuals, programs.importing, programs.eager]
     inside = {}
-    for case in tqdm(small if options.small else programs.CASES, desc="programs"):
+    for case in tqdm(small if options.small else [cores, *programs.CASES], desc="programs"):
         inside[(case.__doc__ or "").strip()] = case(options.rounds)
     print(timing.environment(), table(rows), peer_table(peers), sep="\n\n", end="\n\n")
     for title, figures in inside.items():

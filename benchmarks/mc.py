@@ -133,8 +133,8 @@ def main() -> None:
     results = {
         "dropout in the head, against one pass": head_only(rounds, 64),
         "dropout everywhere, batch 1, against a loop": against_a_loop(rounds, 1, T),
-        "dropout everywhere, batch 1000, against a loop": against_a_loop(rounds, 1000, 2),
-        "dropout of hidden units, batch 1000, against a loop": against_a_loop(rounds, 1000, 2, of_inputs=False),
+        "dropout everywhere, batch 1000, against a loop": against_a_loop(rounds, 1000, 4),
+        "dropout of hidden units, batch 1000, against a loop": against_a_loop(rounds, 1000, 4, of_inputs=False),
     }
     for name, row in results.items():
         print(f"{name:<52}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))

@@ -46,6 +46,23 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other library
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("library", ["haiku", "equinox"])
+def test_monte_carlo_through_another_library(library):
+    """The block that needs the library runs after the first, and its summary is that of a loop."""
+    pytest.importorskip(library)
+    page = ROOT / "docs" / "monte_carlo.md"
+    namespace = {}
+    for block in blocks(page, "python")[:1] + blocks(page, f"python {library}"):
+        exec(compile(block, page.name, "exec"), namespace)
+    apply = {"haiku": lambda key: namespace["transformed"].apply(namespace["params"], key, namespace["x"])}
+    fn = apply.get(library, namespace.get("fn"))
+    loop = [jax.nn.softmax(fn(jax.random.fold_in(namespace["key"], t))) for t in range(100)]
+    np.testing.assert_allclose(namespace["summary"].probabilities, np.mean(loop, axis=0), atol=1e-6)
+    assert np.ptp(loop, axis=0).max() > 0.1
+
+
 def code_column(page):
     """The cells in backticks of the columns that are called code."""
     found, column = [], None
