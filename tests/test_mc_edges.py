@@ -44,6 +44,19 @@ def test_a_diagram_of_what_is_wrong_has_no_numbers():
         )
 
 
+def test_a_confidence_at_the_end_of_a_bin_is_in_it():
+    """(b / bins, (b + 1) / bins]: float32(0.6) * 25 is above 15, and the float after 0.9 times 10 is not above 9."""
+    for num_bins in (10, 13, 25):
+        ends = (np.arange(1, num_bins) / num_bins).astype(np.float32)
+        ends = ends[ends > 0.51]
+        for confidence, bin in [(ends, 0), (np.nextafter(ends, 2, dtype=np.float32), 1)]:
+            p = np.stack([confidence, 1 - confidence], 1)
+            size = mc.reliability(p, np.zeros(len(p), int), num_bins=num_bins).size
+            last = num_bins - 1 - (1 - bin)
+            np.testing.assert_array_equal(size[last - len(p) + 1 : last + 1], 1)
+            assert size.sum() == len(p)
+
+
 def test_infinite_losses_and_far_targets():
     curve = mc.risk_coverage(jnp.array([1.0, 2, 3]), jnp.array([0, np.inf, 1]))
     np.testing.assert_array_equal(curve.risk, [0, np.inf, np.inf])

@@ -140,7 +140,8 @@ def _check(function: str, num_bins: int, binning: str) -> int:
 def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Reliability:
     confidence, n = confidence.astype(jnp.float32), len(confidence)
     if binning == "equal_width":
-        bins = jnp.clip(jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1, 0, num_bins - 1)
+        ends = np.arange(1, num_bins) / num_bins  # compared with, since a product would be rounded past them
+        bins = jnp.searchsorted(jnp.asarray(ends, jnp.float32), confidence)
     else:
         ranks = jnp.searchsorted(jnp.sort(confidence), confidence)
         first = [-(-b * n // num_bins) for b in range(1, num_bins)]
