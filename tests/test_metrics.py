@@ -204,6 +204,18 @@ def test_temperature_of_samples_and_of_mean_probabilities():
     )
 
 
+def test_temperature_has_the_derivative_of_the_minimum():
+    """It is homogeneous: logits times a have the temperature times a, so that sum of logits times derivatives is it."""
+    z = Z[:60]
+    fit = jax.value_and_grad(lambda z, labels: mc.fit_temperature(z, labels).temperature)
+    temperature, slope = fit(z, LABELS[:60])
+    np.testing.assert_allclose((slope * z).sum(), temperature, rtol=1e-3)
+    with pytest.warns(UserWarning, match="has no maximum"):
+        bound, slope = fit(z, z.argmax(-1))
+    assert bound == np.float32(0.01)
+    assert (slope == 0).all()
+
+
 def test_temperatures_at_the_bounds_are_said():
     right, useless = Z.argmax(-1), Z.argmin(-1)
     for labels, bound in [(right, 0.01), (useless, 100)]:

@@ -1,6 +1,7 @@
 """One number that makes a classifier as sure as it may be."""
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,7 +36,8 @@ def fit_temperature(
     convex: the best of a grid of temperatures is refined. Fit it on examples that trained nothing. Where all
     labels have the highest logit the best temperature is 0, and where labels have low logits more often than high ones
     it is infinite: the bound is returned, `at_bound` is True and, outside jit, there is a warning. Where all logits of
-    an example are equal every temperature is as good; if all examples are such, the lower bound is returned.
+    an example are equal every temperature is as good; if all examples are such, the lower bound is returned. The
+    temperature is differentiable by the logits, 0 at a bound.
 
     Args:
       logits: float `[n, classes]`, or those of T samples, `[T, n, classes]`. For mean probabilities pass their log.
@@ -71,7 +73,7 @@ def fit_temperature(
         )
     if _inputs.is_known(at_bound) and bool(at_bound):
         warnings.warn(
-            f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and {float(temperature):g} is one of "
+            f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and the temperature is one of "
             "them: either all labels have the highest logit (then take more examples), or the logits tell nothing.",
             stacklevel=2,
         )
@@ -97,16 +99,25 @@ def _fit(logits: Array, labels: Array, bounds: Array) -> tuple[Array, Array, Arr
         best = lax.map(loss, grid).argmin()
         low, high = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, _GRID - 1)]
 
-    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) / 2
-        falls = slope(middle) < 0
-        return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
+    def solve(slope: Callable[[Array], Array], _: Array) -> tuple[Array, tuple[Array, Array]]:
+        def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = interval
+            middle = (low + high) / 2
+            falls = slope(middle) < 0
+            return jnp.where(falls, middle, low), jnp.where(falls, high, middle)
 
-    left, right = lax.fori_loop(0, _HALVINGS, halve, (low, high))
+        left, right = lax.fori_loop(0, _HALVINGS, halve, (low, high))
+        return (left + right) / 2, (left, right)
+
+    def divide(curvature: Callable[[Array], Array], by: Array) -> Array:
+        of_one = curvature(jnp.ones_like(by))
+        return by / jnp.where(of_one == 0, 1, of_one)
+
+    # its derivative is that of the root, and not that of halving, which is 0
+    root, (left, right) = lax.custom_root(slope, low, solve, divide, has_aux=True)
     at_low = (left == bounds[0]) & (slope(bounds[0]) >= 0)
     at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
-    found = jnp.where(at_low, bounds[0], jnp.where(at_high, bounds[1], (left + right) / 2))
+    found = jnp.where(at_low, bounds[0], jnp.where(at_high, bounds[1], root))
     value = loss(found)
     return jnp.where(jnp.isfinite(value), jnp.exp(found), jnp.nan), at_low | at_high, jnp.isposinf(value)
 
