@@ -104,8 +104,9 @@ def calibration_error(
     """
     num_bins = _check("calibration_error", num_bins, binning)
     _inputs.choice("calibration_error", "norm", norm, ("l1", "l2", "max"))
+    classwise = _checks.flag("calibration_error", "classwise", classwise)
     p, y = _inputs.classes("calibration_error", probabilities, labels)
-    return _error(p, y, num_bins, binning, bool(classwise), norm)
+    return _error(p, y, num_bins, binning, classwise, norm)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

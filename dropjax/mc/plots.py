@@ -158,7 +158,7 @@ def entropies(
     (usual,), (foreign,) = _rows("entropies", usual=usual), _rows("entropies", foreign=foreign)
     num_bins = _checks.integer("entropies", "num_bins", num_bins, 1)
     high = max(usual.max(), foreign.max())
-    if log and not high > 0:
+    if _checks.flag("entropies", "log", log) and not high > 0:
         raise ValueError(f"entropies: values must be above 0 where log=True, got at most {high:g}.")
     edges: Any
     if log:

@@ -81,7 +81,7 @@ def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits
     Reference:
       Gneiting, Raftery, [Strictly proper scoring rules](https://doi.org/10.1198/016214506000001437), 2007.
     """
-    if not logits:
+    if not _checks.flag("negative_log_likelihood", "logits", logits):
         return _of_probabilities(*_inputs.classes("negative_log_likelihood", predictions, labels))
     return _of_logits(*check_logits("negative_log_likelihood", predictions, labels))
 
@@ -202,7 +202,7 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
       [Fair scores for ensemble forecasts](https://doi.org/10.1002/qj.2270), 2014.
     """
     x, y = jnp.asarray(samples), jnp.asarray(targets)
-    least = 2 if fair else 1
+    least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
         raise ValueError(
             f"crps: samples and targets must be of shapes [T, ...] and [...], with T at least {least}, got "
