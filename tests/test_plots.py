@@ -71,6 +71,17 @@ def test_what_is_drawn_is_what_is_measured():
     np.testing.assert_allclose(plots.regression(U, 2 * U, U).lines[0].get_xydata()[:, 1], 2 * U[order], rtol=1e-6)
 
 
+def test_what_was_drawn_before_stays_in_sight():
+    ax = plots.regression(U, U, U, data=([-3.0], [0.0]))
+    plots.regression(U + 4, U, U, ax=ax)
+    np.testing.assert_allclose(ax.get_xlim(), [-3, U.max() + 4], rtol=1e-6)
+    ax = plots.convergence(U)
+    (low, high), _ = ax.get_ylim(), plots.convergence(U[:20] + 4, ax=ax)
+    assert ax.get_xlim()[1] == 200
+    assert ax.get_ylim()[0] == low
+    assert ax.get_ylim()[1] > 4 > high
+
+
 def test_bad_input():
     for call, message in [
         (lambda: plots.regression(U, U, -U), "regression: std must not be negative, got -"),
@@ -80,6 +91,9 @@ def test_bad_input():
             lambda: plots.entropies(0 * U, 0 * U, log=True),
             "entropies: values must be above 0 where log=True, got at mo",
         ),
+        (lambda: plots.entropies(U, U * np.nan, log=True), "entropies: foreign must be finite, got nan."),
+        (lambda: plots.entropies(U + np.inf, U), "entropies: usual must be finite, got inf."),
+        (lambda: plots.risk_coverage(U, U + np.inf), "risk_coverage: losses must have a finite mean, got inf."),
         (lambda: plots.entropies(U, U, num_bins=0), "entropies: num_bins must be at least 1, got 0."),
     ]:
         with pytest.raises(ValueError, match=r".") as caught:

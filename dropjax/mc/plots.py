@@ -59,7 +59,8 @@ def regression(
     ax.plot(x, mean, color=color, lw=2)
     if data is not None:
         ax.plot(*_rows("regression", inputs=data[0], targets=data[1]), ".", color="black", ms=4)
-    ax.set(xlabel="input", ylabel="mean, ± 1 and 2 standard deviations", xlim=(x[0], x[-1]) if x[0] < x[-1] else None)
+    ax.margins(x=0)  # holds all the points, and what was drawn before
+    ax.set(xlabel="input", ylabel="mean, ± 1 and 2 standard deviations")
     return ax
 
 
@@ -122,6 +123,8 @@ def risk_coverage(
       The Axes.
     """
     curve = selection.risk_coverage(uncertainty, losses)
+    rule = "losses must have a finite mean, {got} Clip the infinite ones."
+    _inputs.require("risk_coverage", rule, curve.risk, np.isfinite)
     ax = _axes(ax)
     name = None if label is None else f"{label}, area {float(curve.aurc):.4f}"
     ax.plot(np.asarray(curve.coverage), np.asarray(curve.risk), color=color, lw=2, label=name)
@@ -156,6 +159,8 @@ def entropies(
       The Axes.
     """
     (usual,), (foreign,) = _rows("entropies", usual=usual), _rows("entropies", foreign=foreign)
+    for name, values in [("usual", usual), ("foreign", foreign)]:
+        _inputs.require("entropies", f"{name} must be finite, {{got}} No bin holds it.", values, np.isfinite)
     num_bins = _checks.integer("entropies", "num_bins", num_bins, 1)
     high = max(usual.max(), foreign.max())
     if _checks.flag("entropies", "log", log) and not high > 0:
@@ -198,13 +203,14 @@ def convergence(samples: ArrayLike, *, color: Any = BLUE, ax: Axes | None = None
     square = np.cumsum(centred**2) - np.cumsum(centred) ** 2 / count
     error = 2 * np.sqrt(np.maximum(square[1:], 0) / count[:-1] / count[1:])
     ax = _axes(ax)
+    before = (ax.get_xlim()[1], *ax.get_ylim()) if ax.lines else (3, np.inf, -np.inf)
     ax.fill_between(count[1:], mean[1:] - error, mean[1:] + error, color=color, alpha=0.25, lw=0)
     ax.plot(count, mean, color=color, lw=2)
     ax.axhline(mean[-1], color=GREY, lw=1, ls="--")
-    ax.set(xlabel="samples", ylabel="mean ± 2 standard errors", xscale="log", xlim=(2, max(len(x), 3)))
+    ax.set(xlabel="samples", ylabel="mean ± 2 standard errors", xscale="log", xlim=(2, max(len(x), before[0])))
     spread = 2.5 * error[min(8, len(error) - 1)]  # the first bands, of a few samples, would fill the figure
     if spread > 0:
-        ax.set_ylim(mean[-1] - spread, mean[-1] + spread)
+        ax.set_ylim(min(mean[-1] - spread, before[1]), max(mean[-1] + spread, before[2]))
     return ax
 
 
