@@ -119,6 +119,8 @@ BAD = [
         "key must be None for score='",
     ),
     (mc.conformal_sets, (Q, np.zeros(2)), {}, ValueError, "threshold must be a scalar, got float64[2]."),
+    (mc.conformal_sets, (Q, None), {}, TypeError, "threshold must be a real scalar, got None"),
+    (mc.conformal_intervals, (Q, 1j), {}, TypeError, "threshold must be a real scalar, got 1j"),
     (mc.conformal_sets, (Q[0], 0.5), {}, ValueError, "probabilities must be of shape [n, classes], n and classes at"),
     (mc.conformal_sets, (Q * 2, 0.5), {}, ValueError, "probabilities must sum to 1 over the classes, got 2."),
     (mc.conformal_sets, (Q > 0, 0.5), {}, TypeError, "probabilities must be floats, got bool[2,4]."),

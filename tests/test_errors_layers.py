@@ -88,13 +88,8 @@ def test_monte_carlo(function):
         (np.ones((3, 2)), np.zeros((3, 2), int), ValueError, "must be of shapes [n, classes] and [n], got"),
         (np.ones((3, 2), int), np.zeros(3, int), TypeError, "probabilities must be floats and labels integers, got"),
         (np.ones((3, 2)), np.zeros(3), TypeError, "probabilities must be floats and labels integers, got float32"),
-        (
-            np.full((3, 2), -1.0),
-            np.zeros(3, int),
-            ValueError,
-            "probabilities must be in [0, 1], got others. For logits",
-        ),
-        (np.full((3, 2), np.nan), np.zeros(3, int), ValueError, "probabilities must be in [0, 1], got others."),
+        (np.full((3, 2), -1.0), np.zeros(3, int), ValueError, "probabilities must be in [0, 1], got -1. For logits"),
+        (np.full((3, 2), np.nan), np.zeros(3, int), ValueError, "probabilities must be in [0, 1], got nan."),
         (np.ones((3, 2)), np.full(3, 7), ValueError, "labels must be in [0, 2), got 7."),
     ],
 )

@@ -248,13 +248,9 @@ def test_gradients_and_narrow_dtypes():
 
 N2 = np.zeros(2)
 BAD = [
-    (
-        mc.brier,
-        (2 * P, Y),
-        {},
-        ValueError,
-        "probabilities must be in [0, 1], got others. For logits pass their softmax.",
-    ),
+    (mc.brier, (P + 7, Y), {}, ValueError, "probabilities must be in [0, 1], got 7."),
+    (mc.brier, (P * np.nan, Y), {}, ValueError, "probabilities must be in [0, 1], got nan. For logits pass their soft"),
+    (mc.brier, (P[None], Y[None]), {}, ValueError, "Reshape both, so that all but the classes is one dimension."),
     (mc.brier, (P / 2, Y), {}, ValueError, "probabilities must sum to 1 over the classes, got 0.5. For logits"),
     (mc.brier, (P, Y - 1), {}, ValueError, "labels must be in [0, 4), got -1. Leave out the examples without one."),
     (mc.brier, (P[:0], Y[:0]), {}, ValueError, "probabilities must hold at least one example, got float32[0,4]"),
@@ -288,7 +284,8 @@ BAD = [
     ),
     (mc.temperature_scale, (Z, 0), {}, ValueError, "temperature must be above 0, got 0."),
     (mc.temperature_scale, (Z, N2), {}, TypeError, "temperature must be a number or a scalar array, got float64[2]."),
-    (mc.temperature_scale, (Y, 1.0), {}, TypeError, "x must be a float or complex array, got int"),
+    (mc.temperature_scale, (np.arange(3), 1.0), {}, TypeError, "logits must be floats, got int32[3]."),
+    (mc.fit_temperature, (Z[:240], Y), {"bounds": (1e-50, 9)}, ValueError, "that float32 holds, got (1e-50, 9)."),
 ]
 
 

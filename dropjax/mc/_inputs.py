@@ -41,7 +41,10 @@ def simplex(function: str, probabilities: ArrayLike) -> Array:
         values = np.asarray(probabilities).astype(np.float64)
         between, summing = _good(values, p.dtype)
         if not between.all():
-            raise ValueError(f"{function}: probabilities must be in [0, 1], got others. For logits pass their softmax.")
+            wrong = values[~((values >= 0) & (values <= 1.001))][0]
+            raise ValueError(
+                f"{function}: probabilities must be in [0, 1], got {wrong:g}. For logits pass their softmax."
+            )
         if not summing.all():
             raise ValueError(
                 f"{function}: probabilities must sum to 1 over the classes, got {values.sum(-1)[~summing][0]:.6g}. "
@@ -83,10 +86,10 @@ def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike
     got = f"got {_checks.describe(x)} and {_checks.describe(y)}."
     if x.ndim not in ranks or y.shape != x.shape[-2:-1]:
         shapes = "[n, classes]" if ranks == (2,) else "[n, classes] (or [T, n, classes])"
-        raise ValueError(
-            f"{function}: {what} and labels must be of shapes {shapes} and [n], {got} "
-            "For one-hot labels pass their argmax."
-        )
+        remedy = "For one-hot labels pass their argmax."
+        if x.ndim > 2 and y.shape == x.shape[:-1]:
+            remedy = "Reshape both, so that all but the classes is one dimension."
+        raise ValueError(f"{function}: {what} and labels must be of shapes {shapes} and [n], {got} {remedy}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"{function}: {what} must be floats and labels integers, {got}")
     if not x.size:

@@ -219,6 +219,9 @@ def _scores(p: Array, score: str, key: Array | None) -> Array:
 
 
 def _scalar(function: str, threshold: ArrayLike) -> Array:
+    number = _checks.is_array(threshold) or isinstance(threshold, int | float | list | tuple)
+    if not number or jnp.iscomplexobj(threshold):
+        raise TypeError(f"{function}: threshold must be a real scalar, got {_checks.describe(threshold)}.")
     if jnp.shape(threshold) != ():
         raise ValueError(f"{function}: threshold must be a scalar, got {_checks.describe(threshold)}.")
     return jnp.asarray(threshold)

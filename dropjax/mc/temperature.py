@@ -61,8 +61,11 @@ def fit_temperature(
     """
     z, labels = scores.check_logits("fit_temperature", logits, labels)
     real = isinstance(bounds, tuple | list) and all(isinstance(of, int | float | np.number) for of in bounds)
-    if not real or len(bounds) != 2 or not 0 < bounds[0] < bounds[1] < float("inf"):
-        raise ValueError(f"fit_temperature: bounds must be two numbers, 0 < low < high, got {bounds}.")
+    limits = np.finfo(z.dtype)
+    if not real or len(bounds) != 2 or not limits.tiny <= bounds[0] < bounds[1] <= limits.max:
+        raise ValueError(
+            f"fit_temperature: bounds must be two numbers, 0 < low < high, that {z.dtype} holds, got {bounds}."
+        )
     ends = jnp.array(bounds, z.dtype)
     temperature, at_bound, impossible = _fit(z, labels, jnp.log(ends))
     temperature = jnp.clip(temperature, *ends)  # the exponential of a logarithm may be rounded past it
@@ -143,7 +146,9 @@ def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
-    z = _checks.array("temperature_scale", logits, real=True)
+    z = jnp.asarray(logits)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(f"temperature_scale: logits must be floats, got {_checks.describe(z)}.")
     number = _checks.is_array(temperature) or isinstance(temperature, int | float)
     if not number or jnp.shape(temperature) != () or isinstance(temperature, bool):
         raise TypeError(
