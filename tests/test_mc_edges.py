@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dropjax import mc
+from dropjax.mc import calibration
 
 RNG = np.random.default_rng(0)
 MANY = RNG.dirichlet(np.ones(300), 40).astype(np.float32)
@@ -55,6 +56,13 @@ def test_a_confidence_at_the_end_of_a_bin_is_in_it():
             last = num_bins - 1 - (1 - bin)
             np.testing.assert_array_equal(size[last - len(p) + 1 : last + 1], 1)
             assert size.sum() == len(p)
+
+
+def test_examples_times_classes_may_be_more_than_int32_holds(monkeypatch):
+    """As if each of 6 classes had 2^30 examples, whose confidence is 1 and accuracy 0."""
+    bins = calibration.Reliability(jnp.ones(1), jnp.zeros(1), jnp.full(1, 2**30, jnp.int32))
+    monkeypatch.setattr(calibration, "_binned", lambda *_: bins)
+    assert mc.calibration_error(np.full((1, 6), 1 / 6), np.zeros(1, int), num_bins=1, classwise=True) == 1
 
 
 def test_infinite_losses_and_far_targets():

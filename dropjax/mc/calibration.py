@@ -123,7 +123,8 @@ def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool
         bins = jax.vmap(lambda p, right: _binned(p, right, num_bins, binning), in_axes=1)(p, right)
     else:
         bins = _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
-    share = bins.size.astype(jnp.float32) / bins.size.sum().astype(jnp.float32)
+    size = bins.size.astype(jnp.float32)  # whose sum over the classes int32 may not hold
+    share = size / size.sum()
     gap = jnp.where(bins.size > 0, jnp.abs(bins.accuracy - bins.confidence), 0)
     if norm == "max":
         return gap.max()
