@@ -100,6 +100,18 @@ def test_gradients_are_those_of_a_loop(key, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, loop)
 
 
+def test_what_the_function_closes_over_is_read_at_each_call(key):
+    """One function called twice: what it read the first time has changed, as a model under training does."""
+    state = {"scale": jnp.ones(())}
+
+    def fn(key):
+        return drop(key, X * state["scale"])
+
+    before = mc.sample(fn, key, 2)
+    state["scale"] = jnp.full((), 3.0)
+    np.testing.assert_allclose(mc.sample(fn, key, 2), 3 * before, rtol=1e-6)
+
+
 def test_forward_mode_and_vmap_go_through(key):
     def objective(x):
         return mc.sample(lambda key: with_jvp(x * 2, jax.random.normal(key, x.shape)), key, 3, chunk_size=2).sum()

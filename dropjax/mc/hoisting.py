@@ -144,7 +144,8 @@ class Program:
 
 def part(fn: Callable[[Any], Any], key: Any) -> tuple[Program, Sequence[Any], Any]:
     """Traces a function of a key; returns its program in two parts, its constants, and the shapes of its result."""
-    traced, shapes = jax.make_jaxpr(fn, return_shape=True)(key)
+    # A function of our own each time, since JAX remembers traces by function, and what fn closes over may have changed.
+    traced, shapes = jax.make_jaxpr(lambda key: fn(key), return_shape=True)(key)
     return Program(traced.jaxpr, [True], whole=True), traced.consts, shapes
 
 
