@@ -100,6 +100,39 @@ def test_gradients_are_those_of_a_loop(key, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, loop)
 
 
+@jax.custom_vjp
+def partly(x, key):
+    return drop(key, jnp.sin(x)), jnp.cos(x), 1.0
+
+
+def backward_of_partly(saved, g):
+    x, key = saved
+    return drop(key, g[0]) * jnp.cos(x) - g[1] * jnp.sin(x), None
+
+
+partly.defvjp(lambda x, key: (partly(x, key), (x, key)), backward_of_partly)
+
+
+def test_gradients_of_results_that_do_not_depend_on_the_key(key):
+    """A true rule for several results, some shared: of T samples that sum is the gradient of cos, not T times it."""
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(3, 6, 4)), jnp.float32)
+
+    @jax.jit
+    def both(x):
+        def ours(x):
+            noisy, shared, _ = mc.sample(lambda key: partly(x, key), key, 3, chunk_size=2)
+            return ((noisy + shared) * weights).sum()
+
+        def loop(x):
+            pairs = [partly(x, jax.random.fold_in(key, t))[:2] for t in range(3)]
+            return sum(((noisy + shared) * weights[t]).sum() for t, (noisy, shared) in enumerate(pairs))
+
+        return jax.grad(ours)(x), jax.grad(loop)(x)
+
+    ours, loop = both(X)
+    np.testing.assert_allclose(ours, loop, rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_function_closes_over_is_read_at_each_call(key):
     """One function called twice: what it read the first time has changed, as a model under training does."""
     state = {"scale": jnp.ones(())}

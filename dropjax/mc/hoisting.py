@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -34,7 +35,8 @@ class Program:
     Attributes:
       shared: the steps of the part that is computed once.
       sampled: the steps of the part that is computed for each sample; an opened call is in both.
-      varies: for each result, whether it depends on the key.
+      depends: for each argument, whether it depends on the key.
+      varies: for each result, likewise.
     """
 
     def __init__(self, program: Any, depends: Sequence[bool], *, whole: bool) -> None:
@@ -43,6 +45,7 @@ class Program:
         If `whole`, the sampled part returns all results, else only those that vary.
         """
         self._program = program
+        self.depends = list(depends)
         self.shared: list[Step] = []
         self.sampled: list[Step] = []
         self._varying = {v for v, of_key in zip(program.invars, depends, strict=True) if of_key}
@@ -241,14 +244,36 @@ def _with_rule(equation: Any, body: Program) -> Callable[[list[Any], Any], list[
 
     def run(operands: list[Any], needed: Any) -> list[Any]:
         closed = operands[: equation.params["num_consts"]]  # closed over, for which there is no derivative
-        backward = jax.custom_vjp(lambda operands, needed: body.run_sampled([*closed, *operands], needed))
-        backward.defvjp(
-            lambda operands, needed: jax.vjp(lambda *operands: whole(*closed, *operands), *operands),
-            lambda pull, cotangents: (list(pull(cotangents)), None),
-        )
+
+        def forward(operands: list[Any], needed: Any) -> Any:
+            results, pull = jax.vjp(lambda *operands: whole(*closed, *operands), *operands)
+            return _of_each(body, [*closed, *operands], results), pull
+
+        def primal(operands: list[Any], needed: Any) -> list[Any]:
+            return _of_each(body, [*closed, *operands], body.run_sampled([*closed, *operands], needed))
+
+        backward = jax.custom_vjp(primal)
+        backward.defvjp(forward, lambda pull, cotangents: (list(pull(cotangents)), None))
         return backward(operands[len(closed) :], needed)
 
     return run
+
+
+def _of_each(body: Program, operands: list[Any], results: list[Any]) -> list[Any]:
+    """The same results, each of which depends on the key.
+
+    Where vmap sees one that does not, it hands the rule the sum of its cotangents, once for each sample.
+    """
+    of_key = next(x for x, depends in zip(operands, body.depends, strict=True) if depends)
+    data = jax.random.key_data(of_key) if jnp.issubdtype(of_key.dtype, jax.dtypes.prng_key) else of_key
+    which = (data.reshape(-1)[:1] != 0).any()
+
+    def of_each(x: Any, varies: bool) -> Any:
+        if varies or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            return x
+        return lax.select_n(jnp.broadcast_to(which, jnp.shape(x)), x, x)
+
+    return [of_each(x, varies) for x, varies in zip(results, body.varies, strict=True)]
 
 
 def loops(program: Program) -> bool:
