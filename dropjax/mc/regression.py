@@ -178,10 +178,10 @@ def _scale(variances: Array | None, precision: Array | None) -> tuple[Array, Arr
 
 
 def _merge(one: _Sums, m: Array, other: _Sums, n: int) -> _Sums:
-    share = n / (jnp.asarray(m).astype(jnp.float32) + n)
     variance = None
     if one.variance is not None and other.variance is not None:
-        variance = one.variance + (other.variance - one.variance) * share.astype(one.variance.dtype)
+        share = n / (jnp.asarray(m).astype(one.variance.dtype) + n)
+        variance = one.variance + (other.variance - one.variance) * share
     density = None
     if one.density is not None and other.density is not None:
         density = streaming.merge_log_sums(one.density, other.density)

@@ -42,9 +42,8 @@ def merge_moments(one: Moments, m: Any, other: Moments, n: int) -> Moments:
       Chan, Golub, LeVeque, [Algorithms for computing the sample
       variance](https://doi.org/10.1080/00031305.1983.10483115), 1983.
     """
-    share = n / (jnp.asarray(m).astype(jnp.float32) + n)
     away = other.mean - one.mean
-    share = share.astype(away.dtype)
+    share = n / (jnp.asarray(m).astype(away.dtype) + n)
     squares = one.squares + other.squares + jnp.square(away) * (n * (1 - share))
     return Moments(one.mean + away * share, squares)
 
