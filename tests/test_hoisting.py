@@ -162,7 +162,9 @@ def test_results_of_every_kind(key):
 
     def fn(key):
         first, second = jax.random.split(key)
-        return {"shared": X @ W, "int": jax.random.randint(first, (2,), 0, 9), "key": second, "one": 1, "none": None}
+        empty = jax.random.normal(first, (0, 2))
+        number = jax.random.randint(first, (2,), 0, 9)
+        return {"shared": X @ W, "int": number, "key": second, "one": 1, "none": None, "empty": empty}
 
     loop = [fn(jax.random.fold_in(key, t)) for t in range(T)]
     for chunk_size in [None, 3]:
@@ -173,6 +175,7 @@ def test_results_of_every_kind(key):
         np.testing.assert_array_equal(jax.random.key_data(out["key"]), jnp.stack(data))
         np.testing.assert_array_equal(out["one"], np.ones(T))
         assert out["none"] is None
+        assert out["empty"].shape == (T, 0, 2)
 
 
 def test_loops_with_keys_inside(key):

@@ -62,7 +62,9 @@ def sample(
         if not len(starts):
             return values
         _, more = lax.scan(lambda _, start: (None, passes.gathered(draw(start, passes.chunk_size))), None, starts)
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), values, more)
+        return jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b.reshape(b.shape[0] * b.shape[1], *a.shape[1:])]), values, more
+        )
 
     return passes.run(compute)
 
