@@ -236,6 +236,9 @@ def test_attention_alone_draws(key, variables):
     assert jnp.abs(ours - attention.apply(parameters, X)).max() > 1e-3
     model = nnx.MultiHeadAttention(2, 8, dropout_rate=0.5, deterministic=True, decode=False, rngs=nnx.Rngs(0))
     assert jnp.abs(dropjax.nnx.mc_view(model, key)(X) - model(X)).max() > 1e-3
+    for masks in ["per_example", "shared"]:
+        by_name, by_place = (dropjax.nnx.mc_view(model, key, masks=masks) for _ in range(2))
+        np.testing.assert_array_equal(by_name(inputs_q=X), by_place(X))
 
 
 def test_a_stream_of_its_own_and_a_jit_inside(key):

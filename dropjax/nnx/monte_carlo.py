@@ -105,11 +105,11 @@ def _draw_shared(own: Callable[..., Any], layer: Any, inputs: Array, **options: 
     return _drawing.of_rows("mc_view", layer, draw, inputs, place)
 
 
-def _attend(own: Callable[..., Array], layer: Any, inputs: Array, *args: Any, **options: Any) -> Array:
+def _attend(own: Callable[..., Array], layer: Any, *args: Any, **options: Any) -> Array:
     rest = {name: value for name, value in options.items() if name not in _OVERRULED}
     if layer.attention_fn.share_batch:
-        _drawing.batched("mc_view", type(layer).__name__, inputs, 3)
-    return own(layer, inputs, *args, deterministic=False, rngs=layer.rngs, **rest)
+        _drawing.batched("mc_view", type(layer).__name__, args[0] if args else options.get("inputs_q"), 3)
+    return own(layer, *args, deterministic=False, rngs=layer.rngs, **rest)
 
 
 @functools.cache
