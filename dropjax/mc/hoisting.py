@@ -267,13 +267,12 @@ def _of_each(body: Program, operands: list[Any], results: list[Any]) -> list[Any
     of_key = next(x for x, depends in zip(operands, body.depends, strict=True) if depends)
     data = jax.random.key_data(of_key) if jnp.issubdtype(of_key.dtype, jax.dtypes.prng_key) else of_key
     which = (data.reshape(-1)[:1] != 0).any()
-
-    def of_each(x: Any, varies: bool) -> Any:
-        if varies or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-            return x
-        return lax.select_n(jnp.broadcast_to(which, jnp.shape(x)), x, x)
-
-    return [of_each(x, varies) for x, varies in zip(results, body.varies, strict=True)]
+    return [
+        lax.select_n(jnp.broadcast_to(which, jnp.shape(x)), x, x)
+        if not varies and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        else x
+        for x, varies in zip(results, body.varies, strict=True)
+    ]
 
 
 def loops(program: Program) -> bool:
