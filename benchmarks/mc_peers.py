@@ -86,7 +86,7 @@ def ours(batch: int) -> Callable[[], Any]:
     key = jax.random.key(0)
 
     def summary(key: Any, weights: Any, x: Any) -> Any:
-        return mc.classify(lambda key: one_pass(key, weights, x), key, T, chunk_size=T if batch == 1 else 2)
+        return mc.classify(lambda key: one_pass(key, weights, x), key, T, chunk_size=T if batch == 1 else 4)
 
     compiled: Any = jax.jit(summary)
     return lambda: compiled(key, weights, x)
@@ -99,7 +99,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     results: dict[str, Any] = {}
     for batch in (1, 1000):
-        seconds = timing.alternate({"dropjax": ours(batch)} | peers(batch), rounds)
+        seconds = timing.alternate(
+            {"dropjax": ours(batch)} | peers(batch), rounds if batch > 1 else 5 * rounds, rest=0.3
+        )
         ratios = timing.ratios(seconds, "dropjax")
         results[str(batch)] = {
             name: {"milliseconds": 1000 * float(np.median(of)), "ratio": ratios[name]} for name, of in seconds.items()

@@ -15,10 +15,11 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 21) -> dict[str, list[float]]:
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 21, *, rest: float = 0) -> dict[str, list[float]]:
     """Seconds of each run in each round; every round calls each run once, after one call to warm up.
 
-    Each round has an order of its own, since what ran before leaves caches and threads in some state.
+    Each round has an order of its own, since what ran before leaves caches and threads in some state. Before each
+    run there are `rest` seconds, in which another library's threads may stop waiting for work on all cores.
     """
     for run in runs.values():
         jax.block_until_ready(run())
@@ -27,6 +28,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 21) -> dict[s
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            time.sleep(rest)
             begin = time.perf_counter()
             jax.block_until_ready(runs[name]())
             seconds[name].append(time.perf_counter() - begin)
