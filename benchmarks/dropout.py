@@ -115,7 +115,7 @@ def measure(shape: tuple[int, ...], dtype: Any, rounds: int, *, peers: bool) -> 
         runs = runs_of(dropjax_steps(key) | others, shape, dtype, kind)
         if peers:
             runs |= torch_runs(shape, name, kind)
-        seconds = timing.alternate(runs, rounds)
+        seconds = timing.alternate(runs, rounds, rest=0.3 if peers else 0)
         row[kind] = {
             "ms": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
             "times x * 2": timing.ratios(seconds, "x * 2"),
