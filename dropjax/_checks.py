@@ -18,6 +18,17 @@ from jax.typing import ArrayLike
 MAX_INDEX = 2**32  # every index of an element is a 32-bit word
 _ORDER = "The order of the arguments is key, x, rate."
 GENERATORS = ("mix", "threefry")
+_RANGES = {
+    ("gaussian_dropout", "rate"): "[0, 1)",
+    ("token_dropout", "rate"): "[0, 1)",
+    ("gaussian_noise", "stddev"): "[0, inf)",
+    ("concrete_dropout", "temperature"): "(0, 1]",
+    ("concrete_dropout", "initial_rate"): "(0, 1)",
+    ("concrete_dropout_kl", "length_scale"): "[0, inf)",
+    ("standout", "alpha"): "(-inf, inf)",
+    ("standout", "beta"): "(-inf, inf)",
+}
+"""The ranges of arguments that are not in [0, 1], by function and argument."""
 _WITHOUT_ZERO_OR_NAN = ("float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
 
 
@@ -84,12 +95,15 @@ def mask(function: str, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
     return broadcasts(function, "mask", jnp.asarray(mask), shape)
 
 
-def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "rate", range: str = "[0, 1]") -> Rate:
+def rate(
+    function: str, value: Any, shape: tuple[int, ...], *, argument: str = "rate", range: str | None = None
+) -> Rate:
     """Returns the rate: `Fixed` for a number, float32 of the rank of `shape` (or a scalar) for an array.
 
     Values that are known are checked, also under jit; a traced one is checked by the mathematics,
     which returns NaN where it is out of range.
     """
+    range = range or _RANGES.get((function, argument), "[0, 1]")
     if hasattr(value, "__jax_array__"):
         value = jnp.asarray(value)
     number = isinstance(value, int | float | np.generic) and not isinstance(value, bool)
@@ -106,6 +120,23 @@ def rate(function: str, value: Any, shape: tuple[int, ...], *, argument: str = "
     if number:
         return Fixed(float(value))
     return broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
+
+
+def field(layer: str, function: str, argument: str, value: Any) -> None:
+    """Checks the numbers and NumPy arrays that a layer is built with, in the range of its function's argument.
+
+    JAX arrays are checked at the call: reading them back is slow, and impossible while tracing.
+    """
+    if isinstance(value, Array | jax.ShapeDtypeStruct) or hasattr(value, "__jax_array__"):
+        return
+    numeric = isinstance(value, int | float | np.generic | np.ndarray) and not isinstance(value, bool)
+    if not numeric or np.asarray(value).dtype.kind not in "fiuV":  # V: the narrow floats of ml_dtypes
+        raise TypeError(
+            f"{layer}: {argument} must be a number or a float array, got {describe(value)}. "
+            "Convert lists with jnp.asarray."
+        )
+    values = np.asarray(value, dtype=np.float64)
+    _in_range(layer, values, argument, _RANGES.get((function, argument), "[0, 1]"))
 
 
 def whole(function: str, rate: Rate, dims: Sequence[int], what: str) -> None:
@@ -125,7 +156,10 @@ def _in_range(function: str, values: np.ndarray, argument: str, range: str) -> N
     if not good.all():
         wrong = float(values[~good].flat[0])
         hint = f" For a percentage, pass {wrong / 100:g}." if 1.5 < wrong <= 100 and high == 1 else ""
-        hint = " Its variance is infinite at 1." if wrong <= 1 and range == "[0, 1)" and wrong > 0 else hint
+        if 0 < wrong <= 1 and function in ("gaussian_dropout", "GaussianDropout"):
+            hint = " Its variance is infinite at 1."
+        if wrong == 1 and function in ("token_dropout", "TokenDropout"):
+            hint = " To keep only the prefix, pass num_keep=0."
         raise ValueError(f"{function}: {argument} must be in {range}, got {wrong}.{hint}")
 
 

@@ -152,6 +152,21 @@ def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Seq
     return tuple(sorted(found.items(), key=lambda pair: str(pair[0])))
 
 
+def manual(sharded_dims: ShardedDims | None) -> ShardedDims | None:
+    """`sharded_dims` of a layer without the mesh axes that are not manual at this call.
+
+    Outside shard_map and pmap arrays are whole, so one model serves initialisation, evaluation and a
+    sharded step. Where no named axis is manual the result is None, which declares nothing, and not {}:
+    a misspelt axis stays an error inside shard_map.
+    """
+    if not sharded_dims:
+        return sharded_dims
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    named = {d: (names,) if isinstance(names, str) else tuple(names) for d, names in dict(sharded_dims).items()}
+    left = {d: tuple(name for name in names if name in axes) for d, names in named.items()}
+    return {d: names for d, names in left.items() if names} or None
+
+
 @functools.cache
 def fields(function: Callable[..., Any]) -> tuple[str, list[str]]:
     """What a layer stores of its function: the name of its rate, and its options but for the place of its input."""

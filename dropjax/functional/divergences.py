@@ -55,7 +55,7 @@ def concrete_dropout_kl(rate_logit: ArrayLike, kernel: ArrayLike, *, length_scal
         )
     wide, features = masks.wide(weights), weights.shape[-2]
     logit = parameter("concrete_dropout_kl", "rate_logit", rate_logit, (features,), "[-inf, inf]", wide)
-    length = _checks.rate("concrete_dropout_kl", length_scale, (), argument="length_scale", range="[0, inf)")
+    length = _checks.rate("concrete_dropout_kl", length_scale, (), argument="length_scale")
     return _concrete_dropout_kl(logit, weights, learned(length, wide))
 
 

@@ -107,7 +107,7 @@ def gaussian_dropout(
       networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014, section 10.
     """
     x = _checks.array("gaussian_dropout", x)
-    checked = _checks.rate("gaussian_dropout", rate, x.shape, range="[0, 1)")
+    checked = _checks.rate("gaussian_dropout", rate, x.shape)
     draw = bits.draw(
         "gaussian_dropout", key, (x, checked), x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims
     )

@@ -61,7 +61,7 @@ def concrete_dropout(
     """
     x = _checks.array("concrete_dropout", x)
     logit = parameter("concrete_dropout", "rate_logit", rate_logit, x.shape, "[-inf, inf]", masks.wide(x))
-    warmth = _checks.rate("concrete_dropout", temperature, x.shape, argument="temperature", range="(0, 1]")
+    warmth = _checks.rate("concrete_dropout", temperature, x.shape, argument="temperature")
     draw = bits.draw(
         "concrete_dropout", key, (x, logit, warmth), x.shape,
         shared=broadcast_dims, start=start, sharded_dims=sharded_dims,

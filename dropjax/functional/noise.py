@@ -50,7 +50,7 @@ def gaussian_noise(
       regularization](https://doi.org/10.1162/neco.1995.7.1.108), 1995. Keras's GaussianNoise.
     """
     x = _checks.array("gaussian_noise", x, real=True)
-    checked = _checks.rate("gaussian_noise", stddev, x.shape, argument="stddev", range="[0, inf)")
+    checked = _checks.rate("gaussian_noise", stddev, x.shape, argument="stddev")
     draw = bits.draw(
         "gaussian_noise", key, (x, checked), x.shape, shared=broadcast_dims, start=start, sharded_dims=sharded_dims
     )

@@ -129,10 +129,6 @@ def _length(rate: Any, num_keep: Any, tokens: int) -> int:
             f"{_checks.describe(value)}. Pass num_keep, or make it a static argument of jit."
         )
     value = float(np.asarray(value))
-    if value == 1:
-        raise ValueError(
-            f"token_dropout: rate must be in [0, 1), got {rate}. To keep only the prefix, pass num_keep=0."
-        )
     lost = 2.0 ** (-50 if isinstance(rate, int | float) else -23)
     exact = 1 - fractions.Fraction(value) + fractions.Fraction(lost)
     return min(tokens, max(1, int(tokens * exact)))
