@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax.functional import adaptive, sequences
-from dropjax.linen.base import Layer
+from dropjax.linen.base import Layer, key_from_stream, unmoved
 
 __all__ = ["Standout", "TokenDropout"]
 
@@ -99,7 +99,8 @@ class Standout(Layer):
         """
         affine: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
         if nn.merge_param("deterministic", self.deterministic, deterministic):
+            unmoved(self, start, inputs)
             return adaptive.standout_expectation(inputs, logits, **affine)
-        key = self.make_rng(self.rng_collection) if rng is None else rng
+        key = key_from_stream(self, self.rng_collection) if rng is None else rng
         place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
         return self._function(key, inputs, logits, **affine, **place)

@@ -5,11 +5,15 @@ Every layer but `Dropout`, which has them in Flax's order, takes its `determinis
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
+from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _checks
 from dropjax.functional import blocks, depth, elementwise, graphs, noise, pruning, self_normalising, structured, tokens
+from dropjax.linen import base
 from dropjax.linen.base import Bare, Layer
 from dropjax.sharding import ShardedDims
 
@@ -200,6 +204,31 @@ class EmbeddingDropout(Layer):
 
     rate: ArrayLike
     _function = staticmethod(tokens.embedding_dropout)
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        deterministic: bool | None = None,
+        rng: Array | None = None,
+        *,
+        indices: ArrayLike | None = None,
+        start: Mapping[int, ArrayLike] | None = None,
+    ) -> Array:
+        """Drops words of a table, or of what was looked up in it.
+
+        Args:
+          inputs: float array: the table `[vocabulary, ...]`, or with `indices` `[*indices.shape, ...]`.
+          deterministic: if True the inputs are returned as they are; given here or as a field.
+          rng: a key to use instead of one from `make_rng(rng_collection)`.
+          indices: integers `[...]`, the row of the vocabulary of each embedding in the inputs.
+          start: `{dim: index}`, where this piece of the table starts.
+
+        Returns:
+          Array of the shape and dtype of the inputs.
+        """
+        if indices is not None:
+            _checks.indices("embedding_dropout", indices, jnp.shape(inputs))
+        return base.call(self, inputs, deterministic, rng, start=start, indices=indices)
 
 
 class MaskFeature(Layer):

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax.functional import divergences, learned, variational
-from dropjax.linen.base import Layer
+from dropjax.linen.base import Layer, key_from_stream, unmoved
 
 __all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
 
@@ -101,7 +101,6 @@ class _Dense(Layer):
         rng: Array | None = None,
         *,
         start: Mapping[int, ArrayLike] | None = None,
-        **place: Any,
     ) -> Array:
         """Applies the layer to the inputs.
 
@@ -110,7 +109,6 @@ class _Dense(Layer):
           deterministic: if True there is no noise; given here or as a field.
           rng: a key to use instead of one from `make_rng(rng_collection)`.
           start: `{dim: index}`, where the output starts in the whole array.
-          place: nothing else says where the output lies.
 
         Returns:
           Array `[..., features]` of the dtype of the inputs; products are of float32 at least, and rounded once.
@@ -128,9 +126,10 @@ class _Dense(Layer):
             self.sow("losses", "kl", kl, init_fn=lambda: jnp.zeros(()), reduce_fn=lambda _, new: new)
         if deterministic:
             y = variational.without_noise(self._function.__name__, x, self._mean(kernel, noise))
+            unmoved(self, start, y)
         else:
-            key = self.make_rng(self.rng_collection) if rng is None else rng
-            y = self._function(key, x, kernel, noise, start=start, sharded_dims=self.sharded_dims, **place)
+            key = key_from_stream(self, self.rng_collection) if rng is None else rng
+            y = self._function(key, x, kernel, noise, start=start, sharded_dims=self.sharded_dims)
         if not self.use_bias:
             return y
         bias = self.param("bias", self.bias_init, (self.features,))

@@ -12,10 +12,13 @@ from jax.experimental import xla_metadata
 
 from dropjax import _checks, _drawing, sharding
 from dropjax.functional import elementwise
-from dropjax.linen import base, calls, replace, wrappers
+from dropjax.linen import base, calls, layers, replace, wrappers
 
 _OF_WEIGHTS = (wrappers.DropConnect, wrappers.DropConnectDense, wrappers.LayerDrop, wrappers.WeightDrop)
 """Layers whose examples share what is drawn anyway."""
+
+_SHAREABLE = (base.Bare.__call__, calls.TokenDropout.__call__, layers.EmbeddingDropout.__call__)
+"""Calls of layers whose examples may share a mask."""
 
 _calls = itertools.count()
 
@@ -95,7 +98,7 @@ def mc_apply(
 
 
 def _key(module: Any, collection: str) -> Array:
-    return module.make_rng(collection if module.has_rng(collection) else "dropout")
+    return base.key_from_stream(module, collection if module.has_rng(collection) else "dropout")
 
 
 def _draw(
@@ -117,7 +120,7 @@ def _draw(
     if draws:
         drawn.append(type(layer).__name__)
         if shared and not isinstance(layer, _OF_WEIGHTS) and not _drawing.is_shared(layer, given.arguments["inputs"]):
-            if type(layer).__call__ not in (base.Bare.__call__, calls.TokenDropout.__call__):
+            if type(layer).__call__ not in _SHAREABLE:
                 raise _drawing.unshared("mc_apply", layer)
             return _draw_shared(layer, layer._function, given)
     own = layer.deterministic

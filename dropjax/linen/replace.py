@@ -56,10 +56,7 @@ def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -
     if isinstance(module, FlaxDropout) and type(module).__call__ is FlaxDropout.__call__:
         if context.method_name != "__call__":
             return next_method(*args, **kwargs)
-        function = functools.partial(
-            elementwise.dropout, broadcast_dims=module.broadcast_dims, generator=_generator.get()
-        )
-        return base.call(module, function, module.rate, *args, **kwargs)
+        return _dropout(module, *args, **kwargs)
     if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
         return next_method(*args, **kwargs)
     # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
@@ -68,6 +65,15 @@ def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -
         return next_method(*args, **kwargs)
     finally:
         object.__setattr__(module, "attention_fn", nn.dot_product_attention)
+
+
+def _dropout(layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Any:
+    """What Flax's dropout returns, drawn by ours."""
+    generator = _generator.get()
+    key = base.key_of(layer, layer.rate, deterministic, rng, generator)
+    if key is None:
+        return inputs
+    return elementwise.dropout(key, inputs, layer.rate, broadcast_dims=layer.broadcast_dims, generator=generator)
 
 
 @functools.wraps(nn.dot_product_attention)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax.functional import depth, ensembles, weights
-from dropjax.linen.base import Layer, key_of
+from dropjax.linen.base import Layer, key_from_stream, key_of
 from dropjax.sharding import ShardedDims
 
 __all__ = ["DropConnect", "DropConnectDense", "LayerDrop", "Masksembles", "WeightDrop"]
@@ -251,7 +251,7 @@ class Masksembles(nn.Module):
 
         def drawn() -> Array:
             features = jnp.shape(inputs)[self.channel_axis]
-            return ensembles.masksembles_masks(self.make_rng("params"), features, self.num_masks, self.scale)
+            return ensembles.masksembles_masks(key_from_stream(self, "params"), features, self.num_masks, self.scale)
 
         masks = self.variable("masksembles", "masks", drawn).value
         return ensembles.masksembles(
