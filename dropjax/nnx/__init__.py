@@ -5,9 +5,11 @@ call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutab
 its piece (`start=`).
 """
 
+from dropjax.nnx.base import Rate as Rate
 from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.layers import *  # noqa: F403  # likewise
 from dropjax.nnx.learned import *  # noqa: F403  # likewise
 from dropjax.nnx.monte_carlo import mc_view as mc_view
+from dropjax.nnx.rates import set_rates as set_rates
 from dropjax.nnx.replace import replace_flax as replace_flax
 from dropjax.nnx.wrappers import *  # noqa: F403  # likewise

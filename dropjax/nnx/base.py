@@ -1,18 +1,40 @@
 """What every NNX layer shares: deterministic or not, which key, and the function with the layer's fields."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import sharding
+from dropjax import _checks, sharding
 from dropjax.sharding import ShardedDims
 
 FlaxDropout = nnx.Dropout  # Flax's own, also where somebody sets flax.nnx.Dropout to ours
+Source = nnx.Rngs | nnx.RngStream | Array | None
+
+
+class Rate(nnx.Variable):
+    """A rate in an array, and any other array that a layer is built with: state that is saved and not trained.
+
+    A layer makes one of an array that it is built with or that is assigned to its field, so that `layer.rate` is a
+    variable like `layer.kernel`: `layer.rate[...]` is the array. What is assigned later changes it in place, with its
+    dtype and, where the new value broadcasts to it, its shape: a stack of layers that shares a number keeps one each.
+    A Python number is a static attribute, and no state.
+
+    Example:
+      >>> from dropjax.nnx import Dropout
+      >>> layer = Dropout(jnp.float32(0.5))
+      >>> layer.rate = 0.25
+      >>> layer.rate[...], nnx.state(Dropout(0.5), Rate)
+      (Array(0.25, dtype=float32), State({}))
+    """
 
 
 class _Signature:
@@ -43,12 +65,38 @@ class Stochastic(nnx.Module):
     rngs: nnx.Rngs | nnx.RngStream | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                setattr(self, field.name, tuple(value))
         flax = FlaxDropout(0.5, rng_collection=self.rng_collection, rngs=self.rngs)  # forks, and raises its own error
         self.rngs = nnx.data(flax.rngs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "sharded_dims":
+            value = sharding.pairs(value)
+        elif name in _may_be_arrays(type(self)):
+            value = self._number_or_rate(name, value)
+        super().__setattr__(name, tuple(value) if isinstance(value, list) else value)
+
+    def _number_or_rate(self, name: str, value: Any) -> Any:
+        """The checked value as the field keeps it: a number as it is, an array as a `Rate`."""
+        if isinstance(value, nnx.Variable):
+            return nnx.data(value)
+        function = getattr(self, "_function", None)
+        _checks.field(type(self).__name__, getattr(function, "__name__", ""), name, value)
+        own = vars(self).get(name)
+        if isinstance(own, Rate):
+            own.set_value(_array(value, own.shape))
+            return own
+        if isinstance(own, Array) or not isinstance(value, int | float | np.generic):
+            stream = vars(self).get("rngs")
+            stack = stream.key.shape if isinstance(stream, nnx.RngStream) else ()
+            return nnx.data(Rate(value if isinstance(value, jax.ShapeDtypeStruct) else _array(value, stack)))
+        return value
+
+    def _field(self, name: str) -> Any:
+        """A field as a function takes it."""
+        value = getattr(self, name)
+        if name == "sharded_dims":
+            return (lambda path: sharding.manual(value(path))) if callable(value) else sharding.manual(value)
+        return value.get_value() if isinstance(value, nnx.Variable) else value
 
     def _key(self, inputs: Any, deterministic: bool | None, rngs: Any) -> Array:
         """The key of this call, from what was given at the call or from the layer's own stream."""
@@ -62,7 +110,7 @@ class Stochastic(nnx.Module):
     def _key_at(self, rate: ArrayLike, inputs: Any, deterministic: bool | None, rngs: Any) -> Array | None:
         """The key of this call, or None where nothing is dropped."""
         deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic or (deterministic is not None and isinstance(rate, int | float) and rate == 0):
+        if deterministic or (deterministic is not None and isinstance(rate, int | float | np.generic) and rate == 0):
             return None
         return self._key(inputs, deterministic, rngs)
 
@@ -84,7 +132,8 @@ class Layer(Stochastic):
       deterministic: if True the inputs are returned as they are; `model.train()` and `model.eval()` set it.
       rng_collection: name of the rng stream.
       rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension; ignored for
+        axes that are not manual at the call.
     """
 
     _function: ClassVar[Callable[..., Array]]
@@ -92,17 +141,13 @@ class Layer(Stochastic):
     _: dataclasses.KW_ONLY
     sharded_dims: ShardedDims | None = None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, sharding.pairs(value) if name == "sharded_dims" else value)
-
     def __call__(
         self,
         inputs: ArrayLike,
         *,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        rngs: Source = None,
         start: Mapping[int, ArrayLike] | None = None,
-        **place: Any,
     ) -> Array:
         """Applies the layer's function to the inputs.
 
@@ -112,15 +157,34 @@ class Layer(Stochastic):
           rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
           start: `{dim: index}`, where the inputs start in the whole array. Pieces of one array need one
             key: pass it as `rngs`, since the layer's own stream gives each call a new one.
-          place: what else says where the inputs lie: `indices` of an embedding.
 
         Returns:
           Array of the shape and dtype of the inputs.
         """
+        return self._apply(inputs, deterministic, rngs, start=start)
+
+    def _apply(self, inputs: ArrayLike, deterministic: bool | None, rngs: Source, **place: Any) -> Array:
+        """The inputs, or the function of them with a key and the layer's fields."""
         name, options = sharding.fields(self._function)
-        rate = getattr(self, name)
+        rate = self._field(name)
         key = self._key_at(rate, inputs, deterministic, rngs)
         if key is None:
             return inputs  # type: ignore[return-value]  # what came in goes out
-        fields = {name: getattr(self, name) for name in options}
-        return self._function(key, inputs, rate, start=start, **place, **fields)
+        return self._function(key, inputs, rate, **place, **{name: self._field(name) for name in options})
+
+
+@functools.cache
+def _may_be_arrays(layer: type) -> frozenset[str]:
+    """The fields that a layer declares as numbers or arrays."""
+    return frozenset(field.name for field in dataclasses.fields(layer) if field.type == ArrayLike)
+
+
+def _array(value: Any, shape: tuple[int, ...]) -> Array:
+    """The value as an array of float32, of the shape if it broadcasts to it."""
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer):
+        value = jnp.asarray(value, jnp.float32)
+    try:
+        return jnp.broadcast_to(value, shape)
+    except ValueError:
+        return value

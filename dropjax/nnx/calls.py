@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _checks
 from dropjax.functional import adaptive, sequences
-from dropjax.nnx.base import Layer
+from dropjax.nnx.base import Layer, Source
 
 __all__ = ["Standout", "TokenDropout"]
 
@@ -36,12 +38,27 @@ class TokenDropout(Layer):
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(sequences.token_dropout)  # type: ignore[assignment]  # it gives indices, too
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sequences.one_of(self.rate, self.num_keep)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rate" and value is not None:
+            if _checks.is_traced(value) or np.ndim(value):
+                raise TypeError(
+                    f"TokenDropout: rate must be one number that is known while tracing, since it makes a length, got "
+                    f"{_checks.describe(value)}. Pass num_keep, or build the layer outside of what is traced."
+                )
+            value = np.asarray(value)[()] if isinstance(value, Array | np.ndarray) else value
+            _checks.field("TokenDropout", "token_dropout", "rate", value)
+        super().__setattr__(name, value)
+
     def __call__(  # type: ignore[override]  # it gives indices, too
         self,
         inputs: ArrayLike,
         *,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        rngs: Source = None,
         start: Mapping[int, ArrayLike] | None = None,
     ) -> sequences.Tokens:
         """Removes tokens.
@@ -56,7 +73,7 @@ class TokenDropout(Layer):
           `Tokens(tokens, indices)`.
         """
         sequences.one_of(self.rate, self.num_keep)
-        left: Any = super().__call__(inputs, deterministic=deterministic, rngs=rngs, start=start)
+        left: Any = self._apply(inputs, deterministic, rngs, start=start)
         return (
             left if isinstance(left, sequences.Tokens) else sequences.all_tokens(left, self.token_axis, self.batch_axes)
         )
@@ -86,7 +103,7 @@ class Standout(Layer):
         logits: ArrayLike,
         *,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        rngs: Source = None,
         start: Mapping[int, ArrayLike] | None = None,
     ) -> Array:
         """Drops units by their logits, or multiplies each by the probability that it is kept.
@@ -102,8 +119,8 @@ class Standout(Layer):
           Array of the shape and dtype of the inputs.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
+        fields = {"alpha": self._field("alpha"), "beta": self._field("beta")}
         if deterministic:
-            return adaptive.standout_expectation(inputs, logits, alpha=self.alpha, beta=self.beta)
+            return adaptive.standout_expectation(inputs, logits, **fields)
         key = self._key(inputs, deterministic, rngs)
-        place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
-        return self._function(key, inputs, logits, alpha=self.alpha, beta=self.beta, **place)
+        return self._function(key, inputs, logits, start=start, sharded_dims=self._field("sharded_dims"), **fields)

@@ -4,13 +4,14 @@ Every layer also takes `deterministic`, `rng_collection`, `rngs` and `sharded_di
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flax import nnx
+from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax.functional import blocks, depth, elementwise, graphs, noise, pruning, self_normalising, structured, tokens
-from dropjax.nnx.base import Layer
+from dropjax.nnx.base import Layer, Source
 
 __all__ = [
     "AlphaDropout",
@@ -214,6 +215,29 @@ class EmbeddingDropout(Layer):
 
     rate: ArrayLike
     _function = staticmethod(tokens.embedding_dropout)
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        *,
+        deterministic: bool | None = None,
+        rngs: Source = None,
+        start: Mapping[int, ArrayLike] | None = None,
+        indices: Array | None = None,
+    ) -> Array:
+        """Drops rows of a table, or of what was looked up.
+
+        Args:
+          inputs: float array, `[vocabulary, ...]`, or `[..., features]` with `indices`.
+          deterministic: if True the inputs are returned as they are; overrides the field.
+          rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
+          start: `{dim: index}`, where the inputs start in the whole array.
+          indices: integers `[...]`: which row of the vocabulary each of the inputs is.
+
+        Returns:
+          Array of the shape and dtype of the inputs.
+        """
+        return self._apply(inputs, deterministic, rngs, start=start, indices=indices)
 
 
 @nnx.dataclass(eq=False)

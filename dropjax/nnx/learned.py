@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax.functional import divergences, learned, variational
-from dropjax.nnx.base import Layer
+from dropjax.nnx.base import Layer, Source
 
 __all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
 
@@ -124,9 +124,8 @@ class _Dense(Layer):
         inputs: ArrayLike,
         *,
         deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        rngs: Source = None,
         start: Mapping[int, ArrayLike] | None = None,
-        **place: Any,
     ) -> Array:
         """Applies the layer to the inputs.
 
@@ -135,7 +134,6 @@ class _Dense(Layer):
           deterministic: if True there is no noise; overrides the field.
           rngs: a key, `RngStream` or `Rngs` to use instead of the layer's own.
           start: `{dim: index}`, where the output starts in the whole array.
-          place: nothing else says where the inputs lie.
 
         Returns:
           Array `[..., out_features]` of the dtype of the inputs; products are of float32 at least, and rounded once.
@@ -146,7 +144,7 @@ class _Dense(Layer):
             y = variational.without_noise(self._function.__name__, x, self.mean_kernel())
         else:
             key, noise = self._key(x, deterministic, rngs), self._noise_of_weights()
-            options = {"start": start, "sharded_dims": self.sharded_dims, **place}
+            options = {"start": start, "sharded_dims": self._field("sharded_dims")}
             y = self._function(key, x, self.kernel[...], noise, **options)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape).astype(y.dtype)
 

@@ -10,14 +10,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _checks, sharding
 from dropjax.functional import depth, ensembles, weights
-from dropjax.nnx.base import Layer, Stochastic
+from dropjax.nnx.base import Layer, Source, Stochastic
 from dropjax.sharding import ShardedDims
 
 __all__ = ["DropConnect", "DropConnectDense", "LayerDrop", "Masks", "Masksembles", "WeightDrop"]
-
-Source = nnx.Rngs | nnx.RngStream | Array | None
-
 
 @nnx.dataclass(eq=False)
 class LayerDrop(Stochastic):
@@ -56,28 +54,28 @@ class LayerDrop(Stochastic):
         Returns:
           The pytree of the inputs.
         """
-        key = self._key_at(self.rate, 0.0, deterministic, rngs)
+        rate = self._field("rate")
+        key = self._key_at(rate, 0.0, deterministic, rngs)
         if key is None:
             return self.module(inputs, *args, **kwargs)
+        taken = depth.branch("LayerDrop", key, rate)
         graph, state = nnx.split(self.module)
-        values = _values(state)
+        values, changing = _values(state), set()
 
-        def run(values: dict[Any, Any], inputs: Any) -> tuple[Any, dict[Any, Any]]:
-            return _run(graph, _replaced(state, values), inputs, *args, **kwargs)
+        def run(pair: tuple[Any, dict[Any, Any]]) -> tuple[Any, dict[Any, Any]]:
+            inputs, old = pair
+            y, new = _run("LayerDrop", graph, _replaced(state, values | old), inputs, *args, **kwargs)
+            changing.update(new)
+            return y, old | new
 
-        changing: dict[Any, Any] = {}
-        if not isinstance(taken := depth.branch("LayerDrop", key, self.rate), int):
-            jax.eval_shape(lambda *given: changing.update(run(*given)[1]), values, jax.tree.map(jnp.asarray, inputs))
+        def returned(inputs: Any) -> Any:
+            return run((inputs, {}))[0]
+
+        inputs = jax.tree.map(jnp.asarray, inputs)  # traced for what the module changes, and its errors at rate 1, too
+        jax.eval_shape(lambda inputs: depth.left_out("LayerDrop", jax.lax.switch, 0, returned, inputs), inputs)
         old = {path: values[path] for path in changing}
-
-        def fn(pair: tuple[Any, dict[Any, Any]]) -> tuple[Any, dict[Any, Any]]:
-            inputs, own = pair
-            y, new = run(values | own, inputs)
-            return y, own | new
-
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        y, new = depth.left_out("LayerDrop", jax.lax.switch, taken, fn, (inputs, old))
-        _update(self.module, state, new)
+        y, new = depth.left_out("LayerDrop", jax.lax.switch, taken, run, (inputs, old))
+        _update(self.module, state, {path: value for path, value in new.items() if value is not old[path]})
         return y
 
 
@@ -95,7 +93,8 @@ class WeightDrop(Stochastic):
       deterministic: if True nothing is dropped; `model.train()` and `model.eval()` set it.
       rng_collection: name of the rng stream.
       rngs: the streams to fork the layer's own from; without them each call needs `rngs=`.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension, or a function of a path.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension, or a function of a
+        path; ignored for axes that are not manual at the call.
 
     Example:
       >>> rnn = nnx.RNN(nnx.OptimizedLSTMCell(2, 3, rngs=nnx.Rngs(0)))
@@ -124,41 +123,55 @@ class WeightDrop(Stochastic):
         Returns:
           What the module returns.
         """
-        key = self._key_at(self.rate, 0.0, deterministic, rngs)
+        rate = self._field("rate")
+        key = self._key_at(rate, 0.0, deterministic, rngs)
         if key is None:
             return self.module(*args, **kwargs)
         parts: Any = nnx.split(self.module, nnx.Param, ...)
         graph, params, rest = parts
-        dropped = weights.weight_drop(key, params, self.rate, names=self.names, sharded_dims=self.sharded_dims)
-        y, new = _run(graph, nnx.merge_state(dropped, rest), *args, **kwargs)
+        dropped = weights.weight_drop(key, params, rate, names=self.names, sharded_dims=self._field("sharded_dims"))
+        y, new = _run("WeightDrop", graph, nnx.merge_state(dropped, rest), *args, **kwargs)
         _update(self.module, nnx.merge_state(params, rest), new)
         return y
 
 
+def _value(leaf: Any) -> Any:
+    """The value of a variable, or an array that is none."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 def _values(state: nnx.State) -> dict[Any, Any]:
-    return {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {path: _value(leaf) for path, leaf in nnx.to_flat_state(state)}
 
 
 def _replaced(state: nnx.State, values: dict[Any, Any]) -> nnx.State:
-    return nnx.from_flat_state([(path, old.replace(values[path])) for path, old in nnx.to_flat_state(state)])
+    """The leaves of a state that have a value, with this value."""
+    leaves = [(path, leaf, values[path]) for path, leaf in nnx.to_flat_state(state) if path in values]
+    return nnx.from_flat_state(
+        [(path, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value) for path, leaf, value in leaves]
+    )
 
 
-def _run(graph: Any, state: nnx.State, *args: Any, **kwargs: Any) -> tuple[Any, dict[Any, Any]]:
+def _run(function: str, graph: Any, state: nnx.State, *args: Any, **kwargs: Any) -> tuple[Any, dict[Any, Any]]:
     """What a copy of the module returns, and the values that it changed."""
     before = _values(state)
     module = nnx.merge(graph, state, copy=True)
     y = module(*args, **kwargs)
-    after = _values(nnx.state(module))
-    if set(after) != set(before):
-        raise ValueError(f"LayerDrop, WeightDrop: module must not create variables, got {set(after) - set(before)}.")
+    structure, after = nnx.split(module)
+    after = _values(after)
+    if structure != graph:
+        made = set(after) - set(before)
+        raise ValueError(
+            f"{function}: module must not create variables, nor change what is static, "
+            f"got {made or 'other static attributes'}."
+        )
     return y, {path: value for path, value in after.items() if value is not before[path]}
 
 
 def _update(module: nnx.Module, state: nnx.State, new: dict[Any, Any]) -> None:
     """Writes what has changed and nothing else, since a module of an outer trace may be read but not written."""
     if new:
-        flat = [(path, old.replace(new[path])) for path, old in nnx.to_flat_state(state) if path in new]
-        nnx.update(module, nnx.from_flat_state(flat))
+        nnx.update(module, _replaced(state, new))
 
 
 @nnx.dataclass(eq=False)
@@ -188,8 +201,9 @@ class DropConnectDense(nnx.Linear):
       deterministic: if True nothing is dropped; `model.train()` and `model.eval()` set it.
       rng_collection: name of the rng stream.
       rngs: the streams, of the parameters and to fork the layer's own from.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension of the kernel.
-      linear: what else `nnx.Linear` takes, but for how it multiplies.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension of the kernel;
+        ignored for axes that are not manual at the call.
+      linear: what else `nnx.Linear` takes.
 
     Example:
       >>> layer = DropConnectDense(3, 4, 0.5, rngs=nnx.Rngs(0))
@@ -208,12 +222,13 @@ class DropConnectDense(nnx.Linear):
         sharded_dims: ShardedDims | None = None,
         **linear: Any,
     ) -> None:
+        _checks.field("DropConnectDense", "drop_connect", "rate", rate)
         super().__init__(in_features, out_features, rngs=rngs, **linear)
         self.drop = DropConnect(
             rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs, sharded_dims=sharded_dims
         )
 
-    def __call__(  # type: ignore[override]  # what Flax's takes besides is for its own way to multiply
+    def __call__(  # type: ignore[override]  # what Flax's takes besides is for explicit meshes
         self, inputs: Array, *, deterministic: bool | None = None, rngs: Source = None
     ) -> Array:
         """Multiplies by the kernel, some weights of which are dropped, and adds the bias.
@@ -229,7 +244,9 @@ class DropConnectDense(nnx.Linear):
         kernel = self.drop(self.kernel[...], deterministic=deterministic, rngs=rngs)
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
-        y = jnp.matmul(inputs, kernel, precision=self.precision)
+        options = {} if self.preferred_element_type is None else {"preferred_element_type": self.preferred_element_type}
+        contracted = (((inputs.ndim - 1,), (0,)), ((), ()))
+        y = self.dot_general(inputs, kernel, contracted, precision=self.precision, **options)
         return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
