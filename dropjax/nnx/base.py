@@ -58,6 +58,7 @@ class Stochastic(nnx.Module):
     """
 
     __signature__ = _Signature()
+    _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"generator": _checks.GENERATORS}
 
     _: dataclasses.KW_ONLY
     deterministic: bool | None = False
@@ -73,6 +74,10 @@ class Stochastic(nnx.Module):
             value = sharding.pairs(value)
         elif name in _may_be_arrays(type(self)):
             value = self._number_or_rate(name, value)
+        elif name in self._choices and value not in self._choices[name]:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be one of {self._choices[name]}, got {_checks.describe(value)}."
+            )
         super().__setattr__(name, tuple(value) if isinstance(value, list) else value)
 
     def _number_or_rate(self, name: str, value: Any) -> Any:

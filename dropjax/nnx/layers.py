@@ -5,6 +5,7 @@ Every layer also takes `deterministic`, `rng_collection`, `rngs` and `sharded_di
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from flax import nnx
 from jax import Array
@@ -203,6 +204,7 @@ class DropPath(Layer):
     scale: bool = True
     batch_axis: int = 0
     _function = staticmethod(depth.drop_path)
+    _choices: ClassVar = {"mode": depth.MODES}
 
 
 @nnx.dataclass(eq=False)
@@ -257,6 +259,7 @@ class MaskFeature(Layer):
     fill_value: float = 0.0
     scale: bool = False
     _function = staticmethod(graphs.mask_feature)
+    _choices: ClassVar = {"mode": graphs.MODES}
 
 
 @nnx.dataclass(eq=False)
@@ -299,6 +302,7 @@ class DropBlock(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(blocks.drop_block)
+    _choices: ClassVar = {"normalize": blocks.NORMALIZE}
 
 
 @nnx.dataclass(eq=False)
@@ -322,3 +326,4 @@ class TargetedDropout(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = ()
     _function = staticmethod(pruning.targeted_dropout)
+    _choices: ClassVar = {"kind": pruning.KINDS}

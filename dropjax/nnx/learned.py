@@ -87,20 +87,20 @@ class _Dense(Layer):
     _: dataclasses.KW_ONLY
     use_bias: bool = True
     per: str = "weight"
-    kernel_init: Any = nnx.initializers.lecun_normal()
-    bias_init: Any = nnx.initializers.zeros_init()
+    kernel_init: dataclasses.InitVar[Any] = nnx.initializers.lecun_normal()
+    bias_init: dataclasses.InitVar[Any] = nnx.initializers.zeros_init()
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, kernel_init: Any, bias_init: Any) -> None:  # not kept, as in Flax
         if not isinstance(self.rngs, nnx.Rngs):
             name = type(self).__name__
             raise ValueError(f"{name}: rngs must be nnx.Rngs, from which the parameters come, got {self.rngs!r}.")
         shape, streams = (self.in_features, self.out_features), self.rngs
         super().__post_init__()
-        self.kernel = nnx.Param(self.kernel_init(streams.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(kernel_init(streams.params(), shape, jnp.float32))
         first = f"initial_{self._noise}"
         noise = learned.noise(type(self).__name__, first, getattr(self, first), self.per, shape)
         setattr(self, self._noise, nnx.Param(noise))
-        bias = self.bias_init(streams.params(), shape[1:], jnp.float32) if self.use_bias else None
+        bias = bias_init(streams.params(), shape[1:], jnp.float32) if self.use_bias else None
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
     def mean_kernel(self) -> Array:

@@ -12,7 +12,7 @@ from dropjax import _checks
 from dropjax.nnx.base import FlaxDropout, Stochastic
 from dropjax.nnx.calls import TokenDropout
 
-_Model = TypeVar("_Model")
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 
 def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) -> _Model:

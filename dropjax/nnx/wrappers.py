@@ -10,12 +10,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, sharding
+from dropjax import _checks
 from dropjax.functional import depth, ensembles, weights
 from dropjax.nnx.base import Layer, Source, Stochastic
 from dropjax.sharding import ShardedDims
 
 __all__ = ["DropConnect", "DropConnectDense", "LayerDrop", "Masks", "Masksembles", "WeightDrop"]
+
 
 @nnx.dataclass(eq=False)
 class LayerDrop(Stochastic):
@@ -60,7 +61,8 @@ class LayerDrop(Stochastic):
             return self.module(inputs, *args, **kwargs)
         taken = depth.branch("LayerDrop", key, rate)
         graph, state = nnx.split(self.module)
-        values, changing = _values(state), set()
+        values = _values(state)
+        changing: set[Any] = set()
 
         def run(pair: tuple[Any, dict[Any, Any]]) -> tuple[Any, dict[Any, Any]]:
             inputs, old = pair
@@ -157,8 +159,8 @@ def _run(function: str, graph: Any, state: nnx.State, *args: Any, **kwargs: Any)
     before = _values(state)
     module = nnx.merge(graph, state, copy=True)
     y = module(*args, **kwargs)
-    structure, after = nnx.split(module)
-    after = _values(after)
+    structure, written = nnx.split(module)
+    after = _values(written)
     if structure != graph:
         made = set(after) - set(before)
         raise ValueError(
