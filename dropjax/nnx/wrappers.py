@@ -137,13 +137,10 @@ class WeightDrop(Stochastic):
         return y
 
 
-def _value(leaf: Any) -> Any:
-    """The value of a variable, or an array that is none."""
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
 def _values(state: nnx.State) -> dict[Any, Any]:
-    return {path: _value(leaf) for path, leaf in nnx.to_flat_state(state)}
+    """The values of variables, and the arrays that are none."""
+    leaves = nnx.to_flat_state(state)
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in leaves}
 
 
 def _replaced(state: nnx.State, values: dict[Any, Any]) -> nnx.State:
@@ -162,11 +159,8 @@ def _run(function: str, graph: Any, state: nnx.State, *args: Any, **kwargs: Any)
     structure, written = nnx.split(module)
     after = _values(written)
     if structure != graph:
-        made = set(after) - set(before)
-        raise ValueError(
-            f"{function}: module must not create variables, nor change what is static, "
-            f"got {made or 'other static attributes'}."
-        )
+        got = set(after) - set(before) or "other static attributes"
+        raise ValueError(f"{function}: module must not create variables, nor change what is static, got {got}.")
     return y, {path: value for path, value in after.items() if value is not before[path]}
 
 
