@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import TraceContextError
 from jax.sharding import PartitionSpec as P
 
 import dropjax
@@ -166,6 +167,20 @@ def test_layers_are_pickled_copied_and_hashed(name):
     assert nnx.graphdef(layer) == nnx.graphdef(nnx.clone(layer))
 
 
+def test_lists_are_tuples_in_fields_alone():
+    class Ours(dropjax.nnx.Dropout):
+        def __init__(self):
+            super().__init__(0.5, broadcast_dims=[0])
+            self.items = [1, 2]
+
+    layer = Ours()
+    assert (layer.broadcast_dims, layer.items) == ((0,), [1, 2])
+    layer.broadcast_dims = [1]
+    assert layer.broadcast_dims == (1,)
+    layer.rate = nnx.data(jnp.float32(0.25))  # what Flax's own error advises
+    assert layer.rate == 0.25
+
+
 def test_initialisers_make_the_parameters_and_are_not_kept():
     for name in ("VariationalDense", "SparseVariationalDense"):
         layer = build(name, kernel_init=nnx.initializers.constant(2.0), bias_init=nnx.initializers.ones)
@@ -249,3 +264,47 @@ def test_one_wrapper_for_a_plain_call_and_for_shard_map(name):
 
     cut = jax.shard_map(run, mesh=mesh(), in_specs=(specs, P(None, None, "data")), out_specs=P())
     np.testing.assert_allclose(jax.jit(cut)(state, x), expected, rtol=1e-5, atol=1e-5)  # biases are 0
+
+
+X = jnp.ones((1, 32))
+
+
+def transformed(how, layer):
+    """Two calls of a transformed function of a layer as an argument, which is not returned."""
+    run = {"jit": jax.jit, "checkpoint": jax.checkpoint, "state": jax.jit}[how]
+    if how == "state":
+        graph, state = nnx.split(layer)
+        run = run(lambda state, x: nnx.merge(graph, state)(x))
+        return run(state, X), run(state, X)
+    run = run(lambda layer, x: layer(x))
+    return run(layer, X), run(layer, X)
+
+
+@pytest.mark.parametrize("make", [dropjax.nnx.Dropout, nnx.Dropout], ids=["ours", "Flax's"])
+def test_streams_under_the_transformations_of_jax_are_as_the_docs_say(make):
+    """As Flax's: closed over, an error; an argument that is not returned, one mask; returned, a new one."""
+    layer = make(0.5, rngs=nnx.Rngs(0))
+    for closed in [
+        lambda: jax.jit(lambda x: layer(x))(X),
+        lambda: jax.checkpoint(lambda x: layer(x))(X),
+        lambda: jax.vmap(lambda x: layer(x))(X),
+        lambda: jax.grad(lambda x: layer(x).sum())(X),
+        lambda: jax.lax.scan(lambda c, _: (c, layer(X)), 0, None, 2),
+    ]:
+        with pytest.raises(TraceContextError) as caught:
+            closed()
+        if make is dropjax.nnx.Dropout:
+            assert "Give the key at the call, rngs=key, or pass" in caught.value.__notes__[0]
+    for how in ("jit", "checkpoint", "state"):
+        first, second = transformed(how, layer)
+        np.testing.assert_array_equal(first, second)
+    rows = jax.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, jnp.ones((2, 32)))
+    np.testing.assert_array_equal(*rows)
+    assert layer.rngs.count[...] == 0
+    run = jax.jit(lambda layer, x: (layer(x), layer))
+    first, after = run(layer, X)
+    assert (first != run(after, X)[0]).any()
+    _, rows = jax.lax.scan(lambda layer, _: (layer, layer(X)), layer, None, 2)
+    assert (rows[0] != rows[1]).any()
+    both = nnx.jit(lambda layer, x: layer(x))
+    assert (both(layer, X) != both(layer, X)).any()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -23,10 +24,10 @@ Source = nnx.Rngs | nnx.RngStream | Array | None
 class Rate(nnx.Variable):
     """A rate in an array, and any other array that a layer is built with: state that is saved and not trained.
 
-    A layer makes one of an array that it is built with or that is assigned to its field, so that `layer.rate` is a
-    variable like `layer.kernel`: `layer.rate[...]` is the array. What is assigned later changes it in place, with its
-    dtype and, where the new value broadcasts to it, its shape: a stack of layers that shares a number keeps one each.
-    A Python number is a static attribute, and no state.
+    A layer makes one of an array that it is built with or that is assigned to its field: `layer.rate` is then a
+    variable like `layer.kernel`, and `layer.rate[...]` its array of float32. What is assigned later changes it in place
+    and is broadcast to its shape if possible, so that a stack of layers keeps a rate for each. A number is a static
+    attribute of the layer, and no state.
 
     Example:
       >>> from dropjax.nnx import Dropout
@@ -78,17 +79,19 @@ class Stochastic(nnx.Module):
             raise ValueError(
                 f"{type(self).__name__}: {name} must be one of {self._choices[name]}, got {_checks.describe(value)}."
             )
-        super().__setattr__(name, tuple(value) if isinstance(value, list) else value)
+        elif name in self.__dataclass_fields__ and isinstance(value, list):
+            value = tuple(value)
+        super().__setattr__(name, value)
 
     def _number_or_rate(self, name: str, value: Any) -> Any:
         """The checked value as the field keeps it: a number as it is, an array as a `Rate`."""
-        if isinstance(value, nnx.Variable):
-            return nnx.data(value)
+        if isinstance(value, nnx.Variable | dataclasses.Field):  # a field: of nnx.data or nnx.static, as the user says
+            return nnx.data(value) if isinstance(value, nnx.Variable) else value
         function = getattr(self, "_function", None)
         _checks.field(type(self).__name__, getattr(function, "__name__", ""), name, value)
         own = vars(self).get(name)
         if isinstance(own, Rate):
-            own.set_value(_array(value, own.shape))
+            own.set_value(_array(value, own.get_value().shape))
             return own
         if isinstance(own, Array) or not isinstance(value, int | float | np.generic):
             stream = vars(self).get("rngs")
@@ -110,7 +113,16 @@ class Stochastic(nnx.Module):
             return FlaxDropout(0.5, deterministic=deterministic)(inputs, rngs=source)  # raises Flax's own error
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
-        return source() if isinstance(source, nnx.RngStream) else source
+        if not isinstance(source, nnx.RngStream):
+            return source
+        try:
+            return source()
+        except TraceContextError as error:
+            error.add_note(
+                f"{type(self).__name__}: a function that JAX transforms cannot change the stream of a model that it "
+                "closes over. Give the key at the call, rngs=key, or pass the model through a transformation of nnx."
+            )
+            raise
 
     def _key_at(self, rate: ArrayLike, inputs: Any, deterministic: bool | None, rngs: Any) -> Array | None:
         """The key of this call, or None where nothing is dropped."""
