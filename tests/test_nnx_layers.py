@@ -72,7 +72,7 @@ def test_a_keyword_that_is_not_named_is_an_error(name, rate, deterministic):
     for wrong in ("training", "determinstic", "nonsense", "rng", "indices"):
         if (name, wrong) == ("EmbeddingDropout", "indices"):
             continue
-        with pytest.raises(TypeError, match=f"__call__.* got an unexpected keyword argument '{wrong}'"):
+        with pytest.raises(TypeError, match=rf"\b{wrong}\b"):
             layer(*inputs(name), **{wrong: 3})
     kinds = {p.kind for p in inspect.signature(ALL[name].__call__).parameters.values()}
     assert inspect.Parameter.VAR_KEYWORD not in kinds or name in ("LayerDrop", "WeightDrop")

@@ -150,7 +150,7 @@ def test_the_module_takes_its_keywords_and_no_others(wrap, rate):
     layer = wrap(Scaled(4, 4, rngs=nnx.Rngs(0)), rate)
     for deterministic in (True, False):
         for key in (KEPT, LEFT):
-            with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+            with pytest.raises(TypeError, match="nonsense"):
                 layer(X, deterministic=deterministic, rngs=key, nonsense=3)
             double = layer(X, deterministic=deterministic, rngs=key, scale=2.0)
             once = layer(X, deterministic=deterministic, rngs=key)

@@ -204,7 +204,7 @@ class DropPath(Layer):
     scale: bool = True
     batch_axis: int = 0
     _function = staticmethod(depth.drop_path)
-    _choices: ClassVar = {"mode": depth.MODES}
+    _choices: ClassVar = {"mode": ("row", "batch")}
 
 
 @nnx.dataclass(eq=False)
@@ -225,7 +225,7 @@ class EmbeddingDropout(Layer):
         deterministic: bool | None = None,
         rngs: Source = None,
         start: Mapping[int, ArrayLike] | None = None,
-        indices: Array | None = None,
+        indices: ArrayLike | None = None,
     ) -> Array:
         """Drops rows of a table, or of what was looked up.
 
@@ -259,7 +259,7 @@ class MaskFeature(Layer):
     fill_value: float = 0.0
     scale: bool = False
     _function = staticmethod(graphs.mask_feature)
-    _choices: ClassVar = {"mode": graphs.MODES}
+    _choices: ClassVar = {"mode": ("all", "row", "col")}
 
 
 @nnx.dataclass(eq=False)
@@ -302,7 +302,7 @@ class DropBlock(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(blocks.drop_block)
-    _choices: ClassVar = {"normalize": blocks.NORMALIZE}
+    _choices: ClassVar = {"normalize": ("expected", "example", "batch")}
 
 
 @nnx.dataclass(eq=False)
@@ -326,4 +326,4 @@ class TargetedDropout(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = ()
     _function = staticmethod(pruning.targeted_dropout)
-    _choices: ClassVar = {"kind": pruning.KINDS}
+    _choices: ClassVar = {"kind": ("weight", "unit")}
