@@ -27,8 +27,23 @@ _RANGES = {
     ("concrete_dropout_kl", "length_scale"): "[0, inf)",
     ("standout", "alpha"): "(-inf, inf)",
     ("standout", "beta"): "(-inf, inf)",
+    ("mask_feature", "fill_value"): "[-inf, inf]",
+    ("masksembles_masks", "scale"): "[1, 100]",
+    ("variational_gaussian_dropout", "initial_log_alpha"): "(-inf, inf)",
+    ("variational_dense", "initial_log_alpha"): "(-inf, inf)",
+    ("sparse_variational_dense", "initial_log_sigma2"): "(-inf, inf)",
+    ("sparse_variational_dense", "threshold"): "[-inf, inf]",
 }
 """The ranges of arguments that are not in [0, 1], by function and argument."""
+_CHOICES = {
+    ("drop_path", "mode"): ("row", "batch"),
+    ("mask_feature", "mode"): ("all", "row", "col"),
+    ("drop_block", "normalize"): ("expected", "example", "batch"),
+    ("targeted_dropout", "kind"): ("weight", "unit"),
+    ("variational_dense", "per"): ("weight", "unit", "layer"),
+    ("sparse_variational_dense", "per"): ("weight", "unit", "layer"),
+}
+"""The words that an argument may be, by function and argument."""
 _WITHOUT_ZERO_OR_NAN = ("float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
 
 
@@ -271,8 +286,14 @@ def places(
 
 def generator(function: str, name: str) -> None:
     """Checks the name of the generator of mask bits."""
-    if name not in GENERATORS:
-        raise ValueError(f"{function}: generator must be one of {GENERATORS}, got {describe(name)}.")
+    choice(function, "generator", name)
+
+
+def choice(function: str, argument: str, value: Any, layer: str | None = None) -> None:
+    """Checks an argument of a function, or the field of that name of a layer, that must be one of several words."""
+    words = GENERATORS if argument == "generator" else _CHOICES[function, argument]
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{layer or function}: {argument} must be one of {words}, got {describe(value)}.")
 
 
 def key(function: str, value: Any) -> Array:

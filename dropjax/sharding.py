@@ -148,8 +148,8 @@ def pairs(sharded_dims: ShardedDims | None) -> tuple[tuple[int | None, str | Seq
     """The mapping as sorted pairs, which a layer stores so that it can be hashed; None stays None."""
     if not isinstance(sharded_dims, Mapping):
         return sharded_dims
-    found = {d: names if isinstance(names, str) else tuple(names) for d, names in sharded_dims.items()}
-    return tuple(sorted(found.items(), key=lambda pair: str(pair[0])))
+    stored = {d: tuple(names) if isinstance(names, list) else names for d, names in sharded_dims.items()}
+    return tuple(sorted(stored.items(), key=lambda pair: str(pair[0])))
 
 
 def manual(sharded_dims: ShardedDims | None) -> ShardedDims | None:
@@ -162,7 +162,10 @@ def manual(sharded_dims: ShardedDims | None) -> ShardedDims | None:
     if not sharded_dims:
         return sharded_dims
     axes = jax.sharding.get_abstract_mesh().manual_axes
-    named = {d: (names,) if isinstance(names, str) else tuple(names) for d, names in dict(sharded_dims).items()}
+    try:
+        named = {d: (names,) if isinstance(names, str) else tuple(names) for d, names in dict(sharded_dims).items()}
+    except (TypeError, ValueError):
+        return sharded_dims  # an error, which the function raises
     left = {d: tuple(name for name in names if name in axes) for d, names in named.items()}
     return {d: names for d, names in left.items() if names} or None
 

@@ -31,6 +31,7 @@ ORDER = [
     "masks",
     "functional",
     "_drawing",
+    "_layers",
     "linen",
     "nnx",
     "schedules",

@@ -12,23 +12,11 @@ import pytest
 
 import dropjax
 import dropjax.linen
+from tests.linen_layers import LAYERS, build, inputs
 from tests.variants import VARIANTS
 
 KEY, X = jax.random.key(0), jnp.ones(64)
 PAIR = ("ab", "cdef"), ("abc", "def")  # one path to Flax, which joins the names
-SIZES = {row.layer: (0.5,) for row in VARIANTS.values()} | {
-    "ConcreteDropout": (0.5,),
-    "VariationalGaussianDropout": (),
-    "VariationalDense": (4,),
-    "SparseVariationalDense": (4,),
-    "Standout": (),
-    "TokenDropout": (0.5,),
-    "DropConnectDense": (4, 0.5),
-    "Masksembles": (2, 2.0),
-    "LayerDrop": (nn.Dense(12), 0.5),
-    "WeightDrop": (nn.Dense(4), 0.5),
-}
-"""What each layer is built with."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -141,25 +129,18 @@ def test_names_may_hold_anything(pair):
     assert (first != second).any()
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_draws_by_its_path(name):
     """From the same parameters, over 16 keys, since some draw but one bit."""
-    layer, x = getattr(dropjax.linen, name), jnp.linspace(1, 2, 2 * 12 * 12).reshape(2, 12, 12)
-
-    def make(name):
-        return layer(*SIZES[layer.__name__], name=name, **options)
-
+    args, keys = inputs(name), jax.random.split(KEY, 16)
     options = {} if name == "Masksembles" else {"deterministic": False}
-    options |= {"names": "kernel"} if name == "WeightDrop" else {}
-    model = Tree(make, fields={})
-    inputs = (x, 0 * x) if name == "Standout" else (x,)
-    variables = model.init({"params": KEY, "dropout": KEY}, *inputs)
-    variables = {kind: {"ab": of["ab"], "abc": {"def": of["ab"]["cdef"]}} for kind, of in variables.items()}
-    keys = jax.random.split(KEY, 16)
+    model = Tree(lambda name, **fields: build(fields.pop("of"), name=name, **fields), fields={"of": name, **options})
     if name == "Masksembles":
-        first, second = jax.vmap(lambda key: model.init_with_output({"params": key}, *inputs)[0])(keys)
+        first, second = jax.vmap(lambda key: model.init_with_output({"params": key}, *args)[0])(keys)
     else:
-        first, second = jax.vmap(lambda key: model.apply(variables, *inputs, rngs={"dropout": key}))(keys)
+        variables = model.init({"params": KEY, "dropout": KEY}, *args)
+        variables = {kind: {"ab": of["ab"], "abc": {"def": of["ab"]["cdef"]}} for kind, of in variables.items()}
+        first, second = jax.vmap(lambda key: model.apply(variables, *args, rngs={"dropout": key}))(keys)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 

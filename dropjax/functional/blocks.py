@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from dropjax import _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
-NORMALIZE = ("expected", "example", "batch")
 _DIGIT = 4  # bits of a threshold that one step of its search finds
 
 
@@ -81,8 +80,7 @@ def drop_block(
     space = _checks.places("drop_block", x.ndim, channel_axis, batch_axes)
     whole_blocks = _checks.flag("drop_block", "whole_blocks", whole_blocks)
     shared = (channel_axis % x.ndim,) if _checks.flag("drop_block", "shared_channels", shared_channels) else ()
-    if normalize not in NORMALIZE:
-        raise ValueError(f"drop_block: normalize must be one of {NORMALIZE}, got {_checks.describe(normalize)}.")
+    _checks.choice("drop_block", "normalize", normalize)
     _checks.whole("drop_block", checked, sorted([*space, *shared]), "all places that a block can cover")
     sizes = _sizes(block_size, len(space))
     draw = bits.draw("drop_block", key, (x, checked), x.shape, shared=shared, start=start, sharded_dims=sharded_dims)

@@ -12,8 +12,6 @@ from jax.typing import ArrayLike
 from dropjax import _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
-MODES = ("row", "batch")
-
 
 def drop_path(
     key: Array,
@@ -60,8 +58,7 @@ def drop_path(
     """
     x = _checks.array("drop_path", x)
     checked = _checks.rate("drop_path", rate, x.shape)
-    if mode not in MODES:
-        raise ValueError(f"drop_path: mode must be one of {MODES}, got {_checks.describe(mode)}.")
+    _checks.choice("drop_path", "mode", mode)
     batch = _checks.dim("drop_path", "batch_axis", batch_axis, x.ndim)
     shared = [d for d in range(x.ndim) if mode == "batch" or d != batch]
     _checks.whole("drop_path", checked, shared, "a branch that is dropped")

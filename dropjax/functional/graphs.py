@@ -18,8 +18,6 @@ from jax.typing import ArrayLike
 from dropjax import _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
-MODES = ("all", "row", "col")
-
 
 def drop_edge(
     key: Array,
@@ -202,8 +200,7 @@ def mask_feature(
     """
     x = _checks.array("mask_feature", x)
     checked = _checks.rate("mask_feature", rate, x.shape)
-    if mode not in MODES:
-        raise ValueError(f"mask_feature: mode must be one of {MODES}, got {_checks.describe(mode)}.")
+    _checks.choice("mask_feature", "mode", mode)
     if isinstance(fill_value, bool) or not isinstance(fill_value, numbers.Real) or not np.isfinite(fill_value):
         raise ValueError(f"mask_feature: fill_value must be a finite number, got {_checks.describe(fill_value)}.")
     if abs(fill_value) > float(jnp.finfo(x.dtype).max):

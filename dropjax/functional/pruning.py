@@ -12,8 +12,6 @@ from jax.typing import ArrayLike
 from dropjax import _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
-KINDS = ("weight", "unit")
-
 
 def targeted_dropout(
     key: Array,
@@ -73,8 +71,7 @@ def targeted_dropout(
     x = _checks.array("targeted_dropout", x)
     checked = _checks.rate("targeted_dropout", rate, x.shape)
     share = _checks.rate("targeted_dropout", targeted, (), argument="targeted")
-    if kind not in KINDS:
-        raise ValueError(f"targeted_dropout: kind must be one of {KINDS}, got {_checks.describe(kind)}.")
+    _checks.choice("targeted_dropout", "kind", kind)
     rescale = _checks.flag("targeted_dropout", "rescale", rescale)
     inputs = _checks.places("targeted_dropout", x.ndim, channel_axis, batch_axes)
     unit = channel_axis % x.ndim

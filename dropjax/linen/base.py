@@ -9,24 +9,19 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import sharding
+from dropjax import _layers, sharding
+from dropjax.linen.values import Value
 from dropjax.sharding import ShardedDims
 
 
-class Bare(nn.Module):
+class Bare(Value):
     """All framework logic, without fields: Flax's `Dropout` has its own order of them."""
 
     _function: ClassVar[Callable[..., Array]]
-
-    def __post_init__(self) -> None:
-        if hasattr(self, "sharded_dims"):
-            object.__setattr__(self, "sharded_dims", sharding.pairs(self.sharded_dims))
-        super().__post_init__()
 
     def __call__(
         self,
@@ -52,20 +47,18 @@ class Bare(nn.Module):
 
 def call(layer: Any, inputs: Any, deterministic: bool | None, rng: Array | None, **place: Any) -> Any:
     """Returns the inputs, or what the layer's function makes of them with its fields, at their place."""
-    name, options = sharding.fields(layer._function)
-    rate = getattr(layer, name)
+    rate = getattr(layer, sharding.fields(layer._function)[0])
     key = key_of(layer, rate, deterministic, rng)
     if key is None:
-        unmoved(layer, place["start"], inputs)
+        _layers.unmoved(layer, place["start"], inputs)
         return inputs
-    fields = {option: getattr(layer, option) for option in options}
-    return layer._function(key, inputs, rate, **fields, **place)
+    return layer._function(key, inputs, rate, **options_of(layer), **place)
 
 
-def unmoved(layer: Any, start: Any, inputs: Any) -> None:
-    """Checks `start` where nothing is drawn, as it is checked where something is."""
-    if start is not None:
-        sharding.starts(layer._function.__name__, start, jnp.shape(inputs))
+def options_of(layer: Any) -> dict[str, Any]:
+    """The fields that are options of the layer's function, as they hold at this call."""
+    fields = {name: getattr(layer, name) for name in sharding.fields(layer._function)[1]}
+    return {**fields, "sharded_dims": sharding.manual(layer.sharded_dims)}
 
 
 def key_of(
@@ -73,7 +66,7 @@ def key_of(
 ) -> Array | None:
     """A key of the layer's stream, or None where nothing is dropped."""
     deterministic = nn.merge_param("deterministic", layer.deterministic, deterministic)
-    if deterministic or (isinstance(rate, int | float) and rate == 0):
+    if deterministic or (isinstance(rate, int | float | np.generic) and rate == 0):
         return None
     return key_from_stream(layer, layer.rng_collection, generator) if rng is None else rng
 
@@ -115,7 +108,8 @@ class Layer(Bare):
     Attributes:
       deterministic: if True the inputs are returned as they are; given here or at the call.
       rng_collection: name of the rng stream.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension; ignored for axes that are not
+        manual at the call.
     """
 
     _: dataclasses.KW_ONLY

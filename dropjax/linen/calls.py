@@ -7,8 +7,9 @@ import flax.linen as nn
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _layers
 from dropjax.functional import adaptive, sequences
-from dropjax.linen.base import Layer, key_from_stream, unmoved
+from dropjax.linen.base import Layer, key_from_stream, options_of
 
 __all__ = ["Standout", "TokenDropout"]
 
@@ -33,6 +34,10 @@ class TokenDropout(Layer):
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(sequences.token_dropout)  # type: ignore[assignment]  # it gives indices, too
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sequences.one_of(self.rate, self.num_keep)
+
     def __call__(  # type: ignore[override]  # it gives indices, too
         self,
         inputs: ArrayLike,
@@ -52,7 +57,6 @@ class TokenDropout(Layer):
         Returns:
           `Tokens(tokens, indices)`.
         """
-        sequences.one_of(self.rate, self.num_keep)
         left: Any = super().__call__(inputs, deterministic, rng, start=start)
         return (
             left if isinstance(left, sequences.Tokens) else sequences.all_tokens(left, self.token_axis, self.batch_axes)
@@ -97,10 +101,8 @@ class Standout(Layer):
         Returns:
           Array of the shape and dtype of the inputs.
         """
-        affine: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta}
         if nn.merge_param("deterministic", self.deterministic, deterministic):
-            unmoved(self, start, inputs)
-            return adaptive.standout_expectation(inputs, logits, **affine)
+            _layers.unmoved(self, start, inputs)
+            return adaptive.standout_expectation(inputs, logits, alpha=self.alpha, beta=self.beta)
         key = key_from_stream(self, self.rng_collection) if rng is None else rng
-        place: dict[str, Any] = {"start": start, "sharded_dims": self.sharded_dims}
-        return self._function(key, inputs, logits, **affine, **place)
+        return self._function(key, inputs, logits, start=start, **options_of(self))

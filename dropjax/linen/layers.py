@@ -46,7 +46,8 @@ class Dropout(Bare):
       deterministic: if True the inputs are returned as they are; given here or at the call.
       rng_collection: name of the rng stream.
       generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension; ignored for axes that are not
+        manual at the call.
 
     Example:
       >>> layer = Dropout(0.5)

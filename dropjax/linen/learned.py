@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _layers, sharding
 from dropjax.functional import divergences, learned, variational
-from dropjax.linen.base import Layer, key_from_stream, unmoved
+from dropjax.linen.base import Layer, key_from_stream
 
 __all__ = ["ConcreteDropout", "SparseVariationalDense", "VariationalDense", "VariationalGaussianDropout"]
 
@@ -126,10 +127,10 @@ class _Dense(Layer):
             self.sow("losses", "kl", kl, init_fn=lambda: jnp.zeros(()), reduce_fn=lambda _, new: new)
         if deterministic:
             y = variational.without_noise(self._function.__name__, x, self._mean(kernel, noise))
-            unmoved(self, start, y)
+            _layers.unmoved(self, start, y)
         else:
             key = key_from_stream(self, self.rng_collection) if rng is None else rng
-            y = self._function(key, x, kernel, noise, start=start, sharded_dims=self.sharded_dims)
+            y = self._function(key, x, kernel, noise, start=start, sharded_dims=sharding.manual(self.sharded_dims))
         if not self.use_bias:
             return y
         bias = self.param("bias", self.bias_init, (self.features,))

@@ -134,8 +134,8 @@ def _draw(
 
 
 def _draw_shared(layer: Any, function: Callable[..., Any], given: inspect.BoundArguments) -> Any:
-    rate, options = sharding.fields(function)
-    fields = {option: getattr(layer, option) for option in options}
+    rate, _ = sharding.fields(function)
+    fields = base.options_of(layer)
     draw = functools.partial(_with_rate, function, given.arguments["rng"], getattr(layer, rate), fields)
     return _drawing.of_rows("mc_apply", layer, draw, given.arguments["inputs"], dict(given.kwargs))
 

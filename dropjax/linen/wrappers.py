@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _checks, sharding
 from dropjax.functional import depth, ensembles, weights
 from dropjax.linen.base import Layer, key_from_stream, key_of
+from dropjax.linen.values import Value
 from dropjax.sharding import ShardedDims
 
 __all__ = ["DropConnect", "DropConnectDense", "LayerDrop", "Masksembles", "WeightDrop"]
 
 
-class LayerDrop(nn.Module):
+class LayerDrop(Value):
     """Runs a module, or leaves it out and returns its input: `dropjax.layer_drop` as a wrapper.
 
     A module that is left out costs nothing, and leaves its statistics as they were; its parameters are always made. It
@@ -75,14 +77,17 @@ class LayerDrop(nn.Module):
 
         of_nothing = jax.tree.structure({})
         inputs = jax.tree.map(jnp.asarray, inputs)
-        return depth.left_out("LayerDrop", nn.switch, depth.branch("LayerDrop", key, rate), fn, self.module, inputs)
+        taken = depth.branch("LayerDrop", key, rate)
+        if isinstance(taken, int) and taken:
+            taken = jnp.int32(taken)  # traced as at other rates, so that a wrong argument is an error
+        return depth.left_out("LayerDrop", nn.switch, taken, fn, self.module, inputs)
 
 
 def _structures(module: nn.Module) -> dict[str, Any]:
     return {name: jax.tree.structure(variables) for name, variables in module.variables.items()}
 
 
-class WeightDrop(nn.Module):
+class WeightDrop(Value):
     """Runs a module with named parameters dropped: `dropjax.weight_drop` as a wrapper.
 
     What is stored stays as it is, and gradients reach it through the masks. One call has one mask for each parameter:
@@ -94,7 +99,8 @@ class WeightDrop(nn.Module):
       names: ends of the parameters' paths in the module, or a function of a path.
       deterministic: if True nothing is dropped; given here or at the call.
       rng_collection: name of the rng stream.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension, or a function of a path.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension, or a function of a path to
+        that; ignored for axes that are not manual at the call.
 
     Example:
       >>> layer = WeightDrop(nn.RNN(nn.OptimizedLSTMCell(3)), 0.5, names="h?/kernel", deterministic=False)
@@ -131,10 +137,11 @@ class WeightDrop(nn.Module):
                 weights.named_paths(self.module.variables.get("params", {}), self.names)
             return y
 
+        given = self.sharded_dims
+        cut = (lambda path: sharding.manual(given(path))) if callable(given) else sharding.manual(given)
+
         def dropped(collections: Any) -> Any:
-            params = weights.weight_drop(
-                key, collections["params"], rate, names=self.names, sharded_dims=self.sharded_dims
-            )
+            params = weights.weight_drop(key, collections["params"], rate, names=self.names, sharded_dims=cut)
             return {**collections, "params": params}
 
         run = nn.map_variables(lambda module: module(*args, **kwargs), "params", dropped)
@@ -156,7 +163,7 @@ class DropConnect(Layer):
     _function = staticmethod(weights.drop_connect)
 
 
-class DropConnectDense(nn.Module):
+class DropConnectDense(Value):
     """Flax's `Dense` with `dropjax.drop_connect` of its kernel; the bias is not dropped.
 
     Attributes:
@@ -170,7 +177,8 @@ class DropConnectDense(nn.Module):
       bias_init: initializer of the bias.
       deterministic: if True nothing is dropped; given here or at the call.
       rng_collection: name of the rng stream.
-      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension of the kernel.
+      sharded_dims: inside shard_map or pmap, `{dim: axis name}` for each cut dimension of the kernel; ignored for axes
+        that are not manual at the call.
 
     Example:
       >>> layer = DropConnectDense(4, 0.5, deterministic=False)
@@ -206,13 +214,13 @@ class DropConnectDense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         key = key_of(self, self.rate, deterministic, rng)
         if key is not None:
-            kernel = weights.drop_connect(key, kernel, self.rate, sharded_dims=self.sharded_dims)
+            kernel = weights.drop_connect(key, kernel, self.rate, sharded_dims=sharding.manual(self.sharded_dims))
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         y = jnp.matmul(inputs, kernel, precision=self.precision)
         return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
-class Masksembles(nn.Module):
+class Masksembles(Value):
     """`dropjax.masksembles` as a layer, with fixed masks that are drawn at initialisation.
 
     They are in the collection `"masksembles"`, beside `"params"`: save both. In training and in evaluation each
@@ -236,6 +244,11 @@ class Masksembles(nn.Module):
     _: dataclasses.KW_ONLY
     batch_axis: int = 0
     channel_axis: int = -1
+    _ranges = "masksembles_masks"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.integer("Masksembles", "num_masks", self.num_masks, 1)
 
     @nn.compact
     def __call__(self, inputs: ArrayLike, members: ArrayLike | None = None) -> Array:
