@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import dropjax
 import dropjax.nnx
+from dropjax._layers import declared
 from dropjax.nnx.base import Stochastic
 from tests.test_errors import raises
 from tests.test_nnx_rates import KEY, LAYERS, ROWS
@@ -130,11 +132,61 @@ def test_bad_numbers_do_not_pass_construction(name, field):
     ("name", "field", "value"),
     [(n, "generator", "philox") for n, c in LAYERS.items() if "generator" in c.__dataclass_fields__]
     + [("DropPath", "mode", "rows"), ("MaskFeature", "mode", "column"), ("DropBlock", "normalize", "mean")]
-    + [("TargetedDropout", "kind", "units"), ("VariationalDense", "per", "row"), ("SparseVariationalDense", "per", 3)],
+    + [
+        ("MaskFeature", "mode", ["col"]),
+        ("TargetedDropout", "kind", "units"),
+        ("VariationalDense", "per", "row"),
+        ("SparseVariationalDense", "per", 3),
+    ],
 )
 def test_bad_words_do_not_pass_construction(name, field, value):
-    with pytest.raises(ValueError, match=f"^{name}: {field} must be one of .*, got {value!r}"):
+    with pytest.raises(ValueError, match=f"^{name}: {field} must be one of .*, got {re.escape(repr(value))}"):
         build(name, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(n, f) for n, c in LAYERS.items() for f, kind in declared(c).items() if kind is bool]
+)
+def test_bad_flags_do_not_pass_construction(name, field):
+    raises(TypeError, f"{name}: {field} must be True or False, got 'no' (str).", build, name, **{field: "no"})
+    raises(TypeError, f"{name}: {field} must be True or False, got 1.", build, name, **{field: 1})
+
+
+STARTS = [(3, TypeError, "start must be a mapping"), ({9: 0}, ValueError, "start must be in")]
+STARTS += [({0: -1}, ValueError, r"start\[0\] must not be"), ({0: 0.5}, TypeError, r"start\[0\] must be an integer")]
+
+
+@pytest.mark.parametrize("name", [n for n, c in ALL.items() if "start" in inspect.signature(c.__call__).parameters])
+def test_start_is_checked_in_every_mode(name):
+    layer = build(name)
+    for deterministic in (True, False):
+        for start, kind, message in STARTS:
+            with pytest.raises(kind, match=message):
+                layer(*inputs(name), rngs=KEY, deterministic=deterministic, start=start)
+        layer(*inputs(name), rngs=KEY, deterministic=deterministic, start={2 if name == "TargetedDropout" else 0: 2})
+
+
+def test_indices_are_checked_in_every_mode():
+    layer, x = build("EmbeddingDropout"), jnp.ones((2, 3, 4))
+    for deterministic in (True, False):
+        for indices, kind, message in [
+            (jnp.ones((2, 3)), TypeError, "indices must be an integer array"),
+            (jnp.ones((3, 2), int), ValueError, "indices must have the first dimensions of x"),
+            (-jnp.ones((2, 3), int), ValueError, "indices must not be negative"),
+        ]:
+            with pytest.raises(kind, match=f"embedding_dropout: {message}"):
+                layer(x, rngs=KEY, deterministic=deterministic, indices=indices)
+
+
+def test_fields_of_a_subclass_are_its_own():
+    @nnx.dataclass(eq=False)
+    class Gained(dropjax.nnx.Dropout):
+        gain: float = 7.0
+        tag: str = "x"
+        flag: bool = None
+
+    assert Gained(0.5, gain=9, tag="y").gain == 9
+    raises(ValueError, "Gained: rate must be in [0, 1], got 2.0", Gained, 2)
 
 
 def test_token_dropout_is_checked_when_it_is_built():

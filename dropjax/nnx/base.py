@@ -1,7 +1,6 @@
 """What every NNX layer shares: deterministic or not, which key, and the function with the layer's fields."""
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from flax.errors import TraceContextError
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, sharding
+from dropjax import _layers, sharding
 from dropjax.sharding import ShardedDims
 
 FlaxDropout = nnx.Dropout  # Flax's own, also where somebody sets flax.nnx.Dropout to ours
@@ -59,7 +58,6 @@ class Stochastic(nnx.Module):
     """
 
     __signature__ = _Signature()
-    _choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"generator": _checks.GENERATORS}
 
     _: dataclasses.KW_ONLY
     deterministic: bool | None = False
@@ -71,24 +69,19 @@ class Stochastic(nnx.Module):
         self.rngs = nnx.data(flax.rngs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "sharded_dims":
-            value = sharding.pairs(value)
-        elif name in _may_be_arrays(type(self)):
-            value = self._number_or_rate(name, value)
-        elif name in self._choices and value not in self._choices[name]:
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be one of {self._choices[name]}, got {_checks.describe(value)}."
-            )
-        elif name in self.__dataclass_fields__ and isinstance(value, list):
-            value = tuple(value)
-        super().__setattr__(name, value)
+        kind = _layers.declared(type(self)).get(name)
+        if kind is not None and not isinstance(value, nnx.Variable | dataclasses.Field):  # a field: of nnx.data
+            _layers.check(self, name, value)
+            if kind == ArrayLike:
+                value = self._number_or_rate(name, value)
+            elif name == "sharded_dims":
+                value = sharding.pairs(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+        super().__setattr__(name, nnx.data(value) if isinstance(value, nnx.Variable) else value)
 
     def _number_or_rate(self, name: str, value: Any) -> Any:
-        """The checked value as the field keeps it: a number as it is, an array as a `Rate`."""
-        if isinstance(value, nnx.Variable | dataclasses.Field):  # a field: of nnx.data or nnx.static, as the user says
-            return nnx.data(value) if isinstance(value, nnx.Variable) else value
-        function = getattr(self, "_function", None)
-        _checks.field(type(self).__name__, getattr(function, "__name__", ""), name, value)
+        """What a field keeps: a number as it is, an array as a variable."""
         own = vars(self).get(name)
         if isinstance(own, Rate):
             own.set_value(_array(value, own.get_value().shape))
@@ -96,7 +89,7 @@ class Stochastic(nnx.Module):
         if isinstance(own, Array) or not isinstance(value, int | float | np.generic):
             stream = vars(self).get("rngs")
             stack = stream.key.shape if isinstance(stream, nnx.RngStream) else ()
-            return nnx.data(Rate(value if isinstance(value, jax.ShapeDtypeStruct) else _array(value, stack)))
+            return Rate(value if isinstance(value, jax.ShapeDtypeStruct) else _array(value, stack))
         return value
 
     def _field(self, name: str) -> Any:
@@ -186,14 +179,9 @@ class Layer(Stochastic):
         rate = self._field(name)
         key = self._key_at(rate, inputs, deterministic, rngs)
         if key is None:
+            _layers.unmoved(self, place["start"], inputs)
             return inputs  # type: ignore[return-value]  # what came in goes out
         return self._function(key, inputs, rate, **place, **{name: self._field(name) for name in options})
-
-
-@functools.cache
-def _may_be_arrays(layer: type) -> frozenset[str]:
-    """The fields that a layer declares as numbers or arrays."""
-    return frozenset(field.name for field in dataclasses.fields(layer) if field.type == ArrayLike)
 
 
 def _array(value: Any, shape: tuple[int, ...]) -> Array:

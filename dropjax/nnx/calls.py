@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _checks, _layers
 from dropjax.functional import adaptive, sequences
 from dropjax.nnx.base import Layer, Source
 
@@ -53,7 +53,6 @@ class TokenDropout(Layer):
                     f"{_checks.describe(value)}. Pass num_keep, or build the layer outside of what is traced."
                 )
             value = np.asarray(value)[()] if isinstance(value, Array | np.ndarray) else value
-            _checks.field("TokenDropout", "token_dropout", "rate", value)
         super().__setattr__(name, value)
 
     def __call__(  # type: ignore[override]  # it gives indices, too
@@ -124,6 +123,7 @@ class Standout(Layer):
         deterministic = self.deterministic if deterministic is None else deterministic
         fields = {"alpha": self._field("alpha"), "beta": self._field("beta")}
         if deterministic:
+            _layers.unmoved(self, start, inputs)
             return adaptive.standout_expectation(inputs, logits, **fields)
         key = self._key(inputs, deterministic, rngs)
         return self._function(key, inputs, logits, start=start, sharded_dims=self._field("sharded_dims"), **fields)

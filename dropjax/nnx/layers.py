@@ -5,12 +5,13 @@ Every layer also takes `deterministic`, `rng_collection`, `rngs` and `sharded_di
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _checks
 from dropjax.functional import blocks, depth, elementwise, graphs, noise, pruning, self_normalising, structured, tokens
 from dropjax.nnx.base import Layer, Source
 
@@ -204,7 +205,6 @@ class DropPath(Layer):
     scale: bool = True
     batch_axis: int = 0
     _function = staticmethod(depth.drop_path)
-    _choices: ClassVar = {"mode": ("row", "batch")}
 
 
 @nnx.dataclass(eq=False)
@@ -239,6 +239,8 @@ class EmbeddingDropout(Layer):
         Returns:
           Array of the shape and dtype of the inputs.
         """
+        if indices is not None:
+            _checks.indices("embedding_dropout", indices, jnp.shape(inputs))
         return self._apply(inputs, deterministic, rngs, start=start, indices=indices)
 
 
@@ -259,7 +261,6 @@ class MaskFeature(Layer):
     fill_value: float = 0.0
     scale: bool = False
     _function = staticmethod(graphs.mask_feature)
-    _choices: ClassVar = {"mode": ("all", "row", "col")}
 
 
 @nnx.dataclass(eq=False)
@@ -302,7 +303,6 @@ class DropBlock(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = (0,)
     _function = staticmethod(blocks.drop_block)
-    _choices: ClassVar = {"normalize": ("expected", "example", "batch")}
 
 
 @nnx.dataclass(eq=False)
@@ -326,4 +326,3 @@ class TargetedDropout(Layer):
     channel_axis: int = -1
     batch_axes: int | Sequence[int] = ()
     _function = staticmethod(pruning.targeted_dropout)
-    _choices: ClassVar = {"kind": ("weight", "unit")}

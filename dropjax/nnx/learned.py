@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
+from dropjax import _layers
 from dropjax.functional import divergences, learned, variational
 from dropjax.nnx.base import Layer, Source
 
@@ -142,6 +143,7 @@ class _Dense(Layer):
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic:
             y = variational.without_noise(self._function.__name__, x, self.mean_kernel())
+            _layers.unmoved(self, start, y)
         else:
             key, noise = self._key(x, deterministic, rngs), self._noise_of_weights()
             options = {"start": start, "sharded_dims": self._field("sharded_dims")}
