@@ -1,24 +1,115 @@
-"""What the judges of uncertainty take: known values are checked, unknown ones give NaN where they are wrong."""
+"""The inputs of metrics: known values are checked, traced ones that are invalid give NaN, and sums do not overflow."""
 
+import functools
+import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks
 
 
+_ROOM = 2.0**-40  # sums of 2^40 of what it multiplies do not overflow
+
+
 def is_known(value: Any) -> bool:
-    """Whether the values of an array can be looked at here and now."""
-    return not _checks.is_traced(value) and getattr(value, "is_fully_addressable", True)
+    """Whether the values of an array, or of a list of them, can be looked at here and now."""
+    value = jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+    leaves = jax.tree.leaves(value)
+    return not any(_checks.is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+
+
+def array(function: str, argument: str, value: Any) -> Array:
+    """Returns a value as an array, and names the field to pass where the value is a whole summary."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = f"its field {argument}" if argument in value._fields else f"a field: {', '.join(value._fields)}"
+        raise TypeError(f"{function}: {argument} must be an array, got a {type(value).__name__}. Pass {fields}.")
+    try:
+        if value is not None:
+            return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(
+        f"{function}: {argument} must be an array of numbers, got {_checks.describe(value)}. "
+        "Convert it with jnp.asarray."
+    )
 
 
 def widen(*arrays: Array) -> tuple[Array, ...]:
     """Returns arrays in one dtype, float32 or, where one of them is float64, float64."""
     wide = jnp.float64 if any(of.dtype == jnp.float64 for of in arrays) else jnp.float32
     return tuple(of.astype(wide) for of in arrays)
+
+
+def nan_unless(valid: Array, value: Array) -> Array:
+    """Returns the value where valid, elsewhere NaN, made as 0 / 0: a constant would trip `jax_debug_nans`."""
+    return jnp.where(valid, value, (jnp.zeros_like(valid, value.dtype) / valid.astype(value.dtype)))
+
+
+def headroom(*arrays: Array) -> Array:
+    """Returns for each element 1, or 2^-40 where a number is so large that sums of it may overflow.
+
+    Metrics in units of the target are computed of numbers times this, and divided by it.
+    """
+    largest = functools.reduce(jnp.maximum, [jnp.abs(lax.stop_gradient(x)) for x in arrays])
+    limit = float(jnp.finfo(largest.dtype).max) * _ROOM
+    return jnp.where(largest > limit, jnp.asarray(_ROOM, largest.dtype), jnp.asarray(1, largest.dtype))
+
+
+def mean(values: Array) -> Array:
+    """Returns the mean, which is infinite only where the dtype does not hold it, or a value is infinite."""
+    room = headroom(values).min()
+    return (values * room).mean() / room
+
+
+def difference(a: Array, b: Array) -> Array:
+    """Returns a - b, which is 0 where both are the same infinity."""
+    same = (a == b) & jnp.isinf(a)
+    return jnp.where(same, 0, a) - jnp.where(same, 0, b)
+
+
+def log_softmax(logits: Array, room: ArrayLike = 1) -> Array:
+    """Returns the logarithm of the softmax over the last dimension, times `headroom`.
+
+    The largest is subtracted twice. Compiled on a CPU, s * z - max is rounded once, so that of large logits s * z the
+    largest is not 0, and `jax.nn.log_softmax` is NaN.
+    """
+    shifted = logits * room
+    for _ in range(2):
+        shifted = difference(shifted, lax.stop_gradient(shifted.max(-1, keepdims=True)))
+    return shifted - room * jnp.log(jnp.exp(shifted / room).sum(-1, keepdims=True))
+
+
+def log_mean_exp(values: Array, room: ArrayLike = 1) -> Array:
+    """Returns the logarithm of the mean of exp(values / room) over the first dimension, times room."""
+    largest = lax.stop_gradient(values.max(0))
+    return largest + room * jnp.log(jnp.exp(difference(values, largest[None]) / room).mean(0))
+
+
+def looks_like_probabilities(values: Any) -> bool:
+    """Whether all rows of known values are at least 0 and sum to 1, as logits hardly ever do."""
+    if not is_known(values):
+        return False
+    x = np.asarray(values)
+    slack = 1e-3 + float(jnp.finfo(x.dtype).eps)
+    x = x.astype(np.float64)
+    if not x.size or x.shape[-1] < 2:
+        return False
+    return bool((x >= 0).all() and (np.abs(x.sum(-1) - 1) <= slack).all())
+
+
+def warn_of_probabilities(function: str, logits: Any, remedy: str) -> None:
+    """Warns the caller of a public function whose logits look like probabilities."""
+    if looks_like_probabilities(logits):
+        warnings.warn(
+            f"{function}: logits must be unnormalised, got numbers of at least 0 that sum to 1 over the classes, as "
+            f"probabilities do. {remedy}",
+            stacklevel=3,
+        )
 
 
 def classes(function: str, probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
@@ -29,7 +120,7 @@ def classes(function: str, probabilities: ArrayLike, labels: ArrayLike) -> tuple
 
 def simplex(function: str, probabilities: ArrayLike) -> Array:
     """Checks class probabilities `[n, classes]`."""
-    p = jnp.asarray(probabilities)
+    p = array(function, "probabilities", probabilities)
     if not jnp.issubdtype(p.dtype, jnp.floating):
         raise TypeError(f"{function}: probabilities must be floats, got {_checks.describe(p)}.")
     if p.ndim != 2 or not p.size:
@@ -53,14 +144,14 @@ def simplex(function: str, probabilities: ArrayLike) -> Array:
     return p
 
 
-def clean(probabilities: Array, labels: Array | None = None) -> Array:
-    """Returns checked probabilities, wide; NaN in rows that are wrong, or whose label is."""
+def clean(probabilities: Array, labels: Array | None = None) -> tuple[Array, Array]:
+    """Returns checked probabilities, wide, and whether each row and its label are valid; 0 in rows that are not."""
     (p,) = widen(probabilities)
     between, summing = _good(p, probabilities.dtype)
-    right = between & summing
+    valid = between & summing
     if labels is not None:
-        right &= is_label(labels, probabilities)
-    return jnp.where(right[:, None], p, jnp.nan)
+        valid &= is_label(labels, probabilities)
+    return jnp.where(valid[:, None], p, 0), valid
 
 
 def is_label(labels: Array, predictions: Array) -> Array:
@@ -82,16 +173,23 @@ def _good(p: Any, dtype: Any) -> tuple[Any, Any]:
 
 def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> Array:
     """Checks floats `[..., n, classes]` and labels `[n]`; returns the labels as int32, -1 where they are none."""
-    x, y = jnp.asarray(predictions), jnp.asarray(labels)
+    x, y = array(function, what, predictions), array(function, "labels", labels)
     got = f"got {_checks.describe(x)} and {_checks.describe(y)}."
     if x.ndim not in ranks or y.shape != x.shape[-2:-1]:
         shapes = "[n, classes]" if ranks == (2,) else "[n, classes] (or [T, n, classes])"
         remedy = "For one-hot labels pass their argmax."
         if x.ndim > 2 and y.shape == x.shape[:-1]:
             remedy = "Reshape both, so that all but the classes is one dimension."
+        elif y.ndim in ranks and x.shape == y.shape[-2:-1]:
+            remedy = f"The order of the arguments is {what}, labels."
+        elif x.ndim == 1 and y.shape == x.shape:
+            remedy = "For two classes pass both: stack 1 - p and p along a last dimension."
+        elif y.shape == (*x.shape[-2:-1], 1):
+            remedy = "Ravel the labels."
         raise ValueError(f"{function}: {what} and labels must be of shapes {shapes} and [n], {got} {remedy}")
     if not jnp.issubdtype(x.dtype, jnp.floating) or not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"{function}: {what} must be floats and labels integers, {got}")
+        remedy = "Convert them with labels.astype(int)." if jnp.issubdtype(x.dtype, jnp.floating) else ""
+        raise TypeError(f"{function}: {what} must be floats and labels integers, {got} {remedy}".rstrip())
     if not x.size:
         raise ValueError(f"{function}: {what} must hold at least one example, {got}")
     if is_known(labels):
@@ -109,7 +207,7 @@ def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike
 
 def numbers(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:
     """Returns real arrays of one shape and of one wide dtype."""
-    found = [jnp.asarray(of) for of in arrays.values()]
+    found = [array(function, name, value) for name, value in arrays.items()]
     got = " and ".join(_checks.describe(of) for of in found)
     names = " and ".join(arrays)
     if any(not (jnp.issubdtype(of.dtype, jnp.floating) or jnp.issubdtype(of.dtype, jnp.integer)) for of in found):
@@ -133,6 +231,16 @@ def require(function: str, rule: str, value: Any, good: Any) -> None:
             raise ValueError(f"{function}: {rule.format(got=f'got {wrong.flat[0]:g}.')}")
 
 
+def positive(function: str, argument: str, value: Any, wide: Array, remedy: str = "") -> Array:
+    """Checks that known numbers are above 0 and finite in the dtype they are computed in; NaN where traced ones are not."""
+    limits = jnp.finfo(wide.dtype)
+    tiny, largest = float(limits.tiny), float(limits.max)
+    require(function, f"{argument} must be above 0, {{got}}{remedy}", value, lambda number: number > 0)
+    rule = f"{argument} must be in [{tiny:.2g}, {largest:.2g}], the normal numbers of {wide.dtype}, {{got}}"
+    require(function, rule, value, lambda number: (number >= tiny) & (number <= largest))
+    return nan_unless((wide > 0) & (wide < jnp.inf), wide)
+
+
 def choice(function: str, argument: str, value: Any, options: tuple[Any, ...]) -> None:
     """Checks an option that is one of a few."""
     if not isinstance(value, str) or value not in options:
@@ -140,10 +248,11 @@ def choice(function: str, argument: str, value: Any, options: tuple[Any, ...]) -
 
 
 def fraction(function: str, argument: str, value: Any) -> float:
-    """Returns a known number strictly between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    """Returns a known number strictly between 0 and 1, as the decimal it is written as: 0.1 for `np.float32(0.1)`."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{function}: {argument} must be a number, got {_checks.describe(value)}.")
     if not 0 < value < 1:
         hint = f" For a percentage, pass {value / 100:g}." if 1 < value < 100 else ""
-        raise ValueError(f"{function}: {argument} must be in (0, 1), got {_checks.describe(float(value))}.{hint}")
-    return float(value)
+        shown = float(value) if abs(value) < 2**53 or isinstance(value, float) else value
+        raise ValueError(f"{function}: {argument} must be in (0, 1), got {_checks.describe(shown)}.{hint}")
+    return float(str(value))

@@ -6,12 +6,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks
 from dropjax.mc import _inputs
 
+_MOST_BINS = 2**16
+_MOST_SUMS = 2**22  # of blocks of examples, for all bins
 Binning = Literal["equal_width", "equal_mass"]
 Norm = Literal["l1", "l2", "max"]
 
@@ -39,7 +41,7 @@ def reliability(
     Args:
       probabilities: float `[n, classes]`.
       labels: int `[n]`, the true classes.
-      num_bins: number of bins.
+      num_bins: number of bins, at most 65,536.
       binning: `"equal_width"` over [0, 1], or `"equal_mass"`.
 
     Returns:
@@ -81,7 +83,7 @@ def calibration_error(
     Args:
       probabilities: float `[n, classes]`.
       labels: int `[n]`, the true classes.
-      num_bins: number of bins.
+      num_bins: number of bins, at most 65,536.
       binning: `"equal_width"` over [0, 1], or `"equal_mass"`, see `reliability`.
       classwise: whether to bin the probability of every class.
       norm: `"l1"`, the mean gap; `"l2"`, the root of the mean squared gap; `"max"`, the largest gap of a bin.
@@ -111,13 +113,16 @@ def calibration_error(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _reliability(p: Array, labels: Array, num_bins: int, binning: str) -> Reliability:
-    p = _inputs.clean(p, labels)
-    return _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
+    p, valid = _inputs.clean(p, labels)
+    bins = _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
+    filled = (bins.size > 0) & valid.all()
+    confidence, accuracy = (_inputs.nan_unless(filled, mean) for mean in (bins.confidence, bins.accuracy))
+    return Reliability(confidence, accuracy, bins.size)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool, norm: str) -> Array:
-    p = _inputs.clean(p, labels)
+    p, valid = _inputs.clean(p, labels)
     if classwise:
         right = labels[:, None] == jnp.arange(p.shape[1])[None]
         bins = jax.vmap(lambda p, right: _binned(p, right, num_bins, binning), in_axes=1)(p, right)
@@ -125,7 +130,11 @@ def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool
         bins = _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
     size = bins.size.astype(jnp.float32)  # whose sum over the classes int32 may not hold
     share = size / size.sum()
-    gap = jnp.where(bins.size > 0, jnp.abs(bins.accuracy - bins.confidence), 0)
+    gap = jnp.abs(bins.accuracy - bins.confidence)
+    return _inputs.nan_unless(valid.all(), _norm(share, gap, norm))
+
+
+def _norm(share: Array, gap: Array, norm: str) -> Array:
     if norm == "max":
         return gap.max()
     if norm == "l1":
@@ -136,10 +145,14 @@ def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool
 
 def _check(function: str, num_bins: int, binning: str) -> int:
     _inputs.choice(function, "binning", binning, ("equal_width", "equal_mass"))
-    return _checks.integer(function, "num_bins", num_bins, 1)
+    num_bins = _checks.integer(function, "num_bins", num_bins, 1)
+    if num_bins > _MOST_BINS:
+        raise ValueError(f"{function}: num_bins must be at most {_MOST_BINS}, got {num_bins}.")
+    return num_bins
 
 
 def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Reliability:
+    """Means of bins, which are 0 where a bin is empty."""
     confidence, n = confidence.astype(jnp.float32), len(confidence)
     if binning == "equal_width":
         ends = np.arange(1, num_bins) / num_bins  # compared with, since a product would be rounded past them
@@ -150,9 +163,11 @@ def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Rel
         bins = jnp.searchsorted(jnp.asarray(np.array(first, np.int32)), ranks.astype(jnp.int32), side="right")
     counts = jnp.zeros(num_bins, jnp.int32)
     size, hits = counts.at[bins].add(1), counts.at[bins].add(right.astype(jnp.int32))
-    # sums of blocks first: a float32 sum of ones would stop growing at 2^24
-    block = jnp.arange(n) // 4096
-    total = jnp.zeros((n // 4096 + 1, num_bins), jnp.float32).at[block, bins].add(confidence).sum(0)
+    # Of deviations from the lowest of each bin, in blocks: a float32 sum of many drifts, and stops growing at 2^24.
+    lowest = jnp.full(num_bins, 2, jnp.float32).at[bins].min(lax.stop_gradient(confidence))
+    length = max(64, n * num_bins // _MOST_SUMS)
+    sums = jnp.zeros((n // length + 1, num_bins), jnp.float32)
+    total = sums.at[jnp.arange(n) // length, bins].add(confidence - lowest[bins]).sum(0)
     in_bin = jnp.maximum(size, 1).astype(jnp.float32)
-    empty = jnp.where((size > 0) & ~jnp.isnan(confidence).any(), 0, jnp.nan)
-    return Reliability(total / in_bin + empty, hits.astype(jnp.float32) / in_bin + empty, size)
+    mean = jnp.where(size > 0, lowest + total / in_bin, 0)
+    return Reliability(mean, hits.astype(jnp.float32) / in_bin, size)

@@ -15,6 +15,7 @@ from dropjax import _checks
 from dropjax.mc import _inputs
 
 Score = Literal["lac", "aps"]
+_NOISE = " Add the standard deviation of the noise, or a small number."
 
 
 def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
@@ -30,8 +31,8 @@ def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
       alpha: how often the truth may be missed, a known number in (0, 1), taken as the decimal it is written as.
 
     Returns:
-      Scalar of the dtype of scores, float32 at least; infinity where n < 1 / alpha - 1, NaN where a traced score
-      is NaN.
+      Scalar of the dtype of scores, float32 at least, and one of them; infinity where n < 1 / alpha - 1, NaN where a
+      traced score is NaN.
 
     Raises:
       TypeError, ValueError: if scores are not numbers `[n]` or known ones are NaN, or alpha is out of range.
@@ -56,7 +57,7 @@ def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _smallest(s: Array, k: int) -> Array:
     threshold = jnp.sort(s)[k - 1] if k <= len(s) else jnp.asarray(jnp.inf, s.dtype)
-    return jnp.where(jnp.isnan(s).any(), jnp.nan, threshold)
+    return _inputs.nan_unless(~jnp.isnan(s).any(), threshold)
 
 
 def conformal_scores(
@@ -132,14 +133,15 @@ def conformal_residuals(mean: ArrayLike, targets: ArrayLike, *, std: ArrayLike |
     Args:
       mean: real `[n]`, predictions for held-out examples.
       targets: real, of the same shape.
-      std: real, of the same shape, above 0: such as the standard deviation over Monte Carlo samples, plus the
-        noise. It makes intervals wide where it is large, and need not be calibrated.
+      std: real, of the same shape, above 0 and finite: such as the standard deviation over Monte Carlo samples, plus
+        the noise. It makes intervals wide where it is large, and need not be calibrated.
 
     Returns:
-      float32 `[n]`, float64 for float64; NaN where a traced std is not above 0.
+      float32 `[n]`, float64 for float64; infinite where one of mean and target is, 0 where both are the same infinity;
+      NaN where one is NaN, or a traced std is out of range.
 
     Raises:
-      TypeError, ValueError: if shapes or dtypes do not fit, or a known std is not above 0.
+      TypeError, ValueError: if shapes or dtypes do not fit, or a known std is out of range.
 
     Example:
       >>> conformal_residuals(jnp.array([1.0]), jnp.array([4.0]), std=jnp.array([2.0]))
@@ -151,9 +153,10 @@ def conformal_residuals(mean: ArrayLike, targets: ArrayLike, *, std: ArrayLike |
     """
     if std is None:
         m, y = _inputs.numbers("conformal_residuals", mean=mean, targets=targets)
-        return jnp.abs(y - m)
+        return jnp.abs(_inputs.difference(y, m))
     m, y, s = _inputs.numbers("conformal_residuals", mean=mean, targets=targets, std=std)
-    return jnp.abs(y - m) / _above_zero("conformal_residuals", std, s)
+    s, room = _inputs.positive("conformal_residuals", "std", std, s, _NOISE), _inputs.headroom(m, y)
+    return jnp.abs(_inputs.difference(y * room, m * room)) / s / room
 
 
 def conformal_intervals(mean: ArrayLike, threshold: ArrayLike, *, std: ArrayLike | None = None) -> tuple[Array, Array]:
@@ -162,13 +165,14 @@ def conformal_intervals(mean: ArrayLike, threshold: ArrayLike, *, std: ArrayLike
     Args:
       mean: real `[n]`, predictions for new examples.
       threshold: scalar, `conformal_threshold(conformal_residuals(...), alpha)`.
-      std: real, of the same shape as mean, above 0, if the residuals were divided by it.
+      std: real, of the same shape as mean, above 0 and finite, if the residuals were divided by it.
 
     Returns:
-      The lower and the upper ends, of the shape of mean; NaN where a traced std is not above 0.
+      The lower and the upper ends, of the shape of mean: -inf and inf where the threshold is infinite; NaN where a mean
+      or the threshold is NaN, or a traced std is out of range.
 
     Raises:
-      TypeError, ValueError: if shapes or dtypes do not fit, or a known std is not above 0.
+      TypeError, ValueError: if shapes or dtypes do not fit, or a known std is out of range.
 
     Example:
       >>> conformal_intervals(jnp.array([1.0]), 0.5, std=jnp.array([4.0]))
@@ -178,13 +182,16 @@ def conformal_intervals(mean: ArrayLike, threshold: ArrayLike, *, std: ArrayLike
       Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, [Distribution-free predictive inference for
       regression](https://arxiv.org/abs/1604.04173), 2018.
     """
-    if std is None:
-        (m,) = _inputs.numbers("conformal_intervals", mean=mean)
-        half = jnp.broadcast_to(_scalar("conformal_intervals", threshold).astype(m.dtype), m.shape)
-    else:
+    (m,) = _inputs.numbers("conformal_intervals", mean=mean)
+    s = jnp.ones_like(m)
+    if std is not None:
         m, s = _inputs.numbers("conformal_intervals", mean=mean, std=std)
-        half = _scalar("conformal_intervals", threshold).astype(m.dtype) * _above_zero("conformal_intervals", std, s)
-    return m - half, m + half
+        s = _inputs.positive("conformal_intervals", "std", std, s, _NOISE)
+    t = _scalar("conformal_intervals", threshold).astype(m.dtype)
+    t, room = jnp.broadcast_to(t, m.shape), _inputs.headroom(m)
+    half = t * room * s
+    center = jnp.where(jnp.isinf(half) & ~jnp.isnan(m), 0, m * room)  # an endless interval has no center
+    return (center - half) / room, (center + half) / room
 
 
 def _check(function: str, score: str, key: Array | None) -> Array | None:
@@ -198,13 +205,15 @@ def _check(function: str, score: str, key: Array | None) -> Array | None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _of_labels(p: Array, labels: Array, score: str, key: Array | None) -> Array:
-    return _inputs.at_label(_scores(_inputs.clean(p, labels), score, key), labels)
+    p, valid = _inputs.clean(p, labels)
+    return _inputs.nan_unless(valid, _inputs.at_label(_scores(p, score, key), labels))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sets(p: Array, threshold: Array, score: str, key: Array | None) -> Array:
-    p = _inputs.clean(p)
-    return ~(_scores(p, score, key) > threshold.astype(p.dtype))
+    p, valid = _inputs.clean(p)
+    scores, limit = _inputs.widen(_scores(p, score, key), threshold)
+    return ~(scores > limit) | ~valid[:, None]
 
 
 def _scores(p: Array, score: str, key: Array | None) -> Array:
@@ -219,15 +228,10 @@ def _scores(p: Array, score: str, key: Array | None) -> Array:
 
 
 def _scalar(function: str, threshold: ArrayLike) -> Array:
-    number = _checks.is_array(threshold) or isinstance(threshold, int | float | list | tuple)
-    if not number or jnp.iscomplexobj(threshold):
+    number = _checks.is_array(threshold) or isinstance(threshold, int | float | complex | list | tuple)
+    x = _inputs.array(function, "threshold", threshold) if number else jnp.zeros((), bool)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise TypeError(f"{function}: threshold must be a real scalar, got {_checks.describe(threshold)}.")
-    if jnp.shape(threshold) != ():
+    if x.shape != ():
         raise ValueError(f"{function}: threshold must be a scalar, got {_checks.describe(threshold)}.")
-    return jnp.asarray(threshold)
-
-
-def _above_zero(function: str, std: ArrayLike, wide: Array) -> Array:
-    rule = "std must be above 0, {got} Add the standard deviation of the noise, or a small number."
-    _inputs.require(function, rule, std, lambda of: of > 0)
-    return jnp.where(wide > 0, wide, jnp.nan)
+    return x

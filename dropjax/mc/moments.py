@@ -46,8 +46,11 @@ def dropout(mean: ArrayLike, var: ArrayLike, rate: ArrayLike) -> tuple[Array, Ar
     checked = _checks.rate("dropout", rate, m.shape)
     r = jnp.asarray(checked.value if isinstance(checked, _checks.Fixed) else checked).astype(m.dtype)
     r = jnp.broadcast_to(r, m.shape)
-    kept = jnp.where((r >= 0) & (r <= 1), (r < 1).astype(m.dtype), jnp.nan)
-    return m * kept, (v + r * m**2) * kept / jnp.where(r < 1, 1 - r, 1)
+    kept = r < 1
+    noise = r * jnp.where(r > 0, m, 0) * jnp.where(r > 0, m, 0)  # r m^2, of which m^2 alone may overflow
+    variance = jnp.where(kept, v + noise, 0) / jnp.where(kept, 1 - r, 1)
+    valid = (r >= 0) & (r <= 1)
+    return _inputs.nan_unless(valid, jnp.where(kept, m, 0)), _inputs.nan_unless(valid, variance)
 
 
 def dense(mean: ArrayLike, var: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None = None) -> tuple[Array, Array]:
@@ -77,7 +80,8 @@ def dense(mean: ArrayLike, var: ArrayLike, kernel: ArrayLike, bias: ArrayLike | 
       Wang, Manning, [Fast dropout training](https://proceedings.mlr.press/v28/wang13a.html), 2013.
     """
     m, v = _check("dense", mean, var)
-    w, b = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    w = _inputs.array("dense", "kernel", kernel)
+    b = None if bias is None else _inputs.array("dense", "bias", bias)
     fits = m.ndim >= 1 and w.ndim == 2 and w.shape[0] == m.shape[-1] and (b is None or b.shape == w.shape[1:])
     got = f"got {_checks.describe(w)} and {'None' if b is None else _checks.describe(b)}"
     if not fits:
@@ -126,7 +130,7 @@ def _relu(m: Array, v: Array) -> tuple[Array, Array]:
     sigma = jnp.sqrt(jnp.where(v == 0, 1, v))
     a = jnp.clip(m / sigma, -1e4, 1e4)  # beyond, Φ is 0 or 1; its square would overflow
     above, below, density = jax.scipy.special.ndtr(a), jax.scipy.special.ndtr(-a), jax.scipy.stats.norm.pdf(a)
-    first = m * above + sigma * density
+    first = jnp.maximum(m, jnp.finfo(m.dtype).min) * above + sigma * density  # not -inf times 0
     second = above + a**2 * above * below + a * density * (below - above) - density**2
     known = jnp.where(m > 0, v, 0)  # keeps the derivative by the variance
     return (
@@ -136,7 +140,7 @@ def _relu(m: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _check(function: str, mean: ArrayLike, var: ArrayLike) -> tuple[Array, Array]:
-    m, v = jnp.asarray(mean), jnp.asarray(var)
+    m, v = _inputs.array(function, "mean", mean), _inputs.array(function, "var", var)
     got = f"got {_checks.describe(m)} and {_checks.describe(v)}."
     if not all(jnp.issubdtype(of.dtype, jnp.floating) for of in (m, v)):
         raise TypeError(f"{function}: mean and var must be floats, {got}")
@@ -146,4 +150,4 @@ def _check(function: str, mean: ArrayLike, var: ArrayLike) -> tuple[Array, Array
         function, "var must not be negative, {got} It is the square of a deviation.", var, lambda of: ~(of < 0)
     )
     m, v = _inputs.widen(m, v)
-    return m, jnp.where(v < 0, jnp.nan, v)
+    return m, _inputs.nan_unless(~(v < 0), v)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks
@@ -51,14 +51,16 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> Array:
 
 @jax.jit
 def _brier(p: Array, labels: Array) -> Array:
-    p = _inputs.clean(p, labels)
-    return ((p - jax.nn.one_hot(labels, p.shape[1], dtype=p.dtype)) ** 2).sum(-1).mean()
+    p, valid = _inputs.clean(p, labels)
+    square = ((p - jax.nn.one_hot(labels, p.shape[1], dtype=p.dtype)) ** 2).sum(-1)
+    return _inputs.nan_unless(valid, square).mean()
 
 
 def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits: bool = False) -> Array:
     """Returns the mean negative log probability of the true classes, in nats.
 
-    A true class of probability 0 costs infinity. Logits stay in the log domain; for those of T samples this
+    A true class of probability 0 costs infinity, as does one below the least normal number of the dtype, which XLA
+    takes for 0 on CPU. Logits stay in the log domain; for those of T samples this
     is -log mean_t softmax(logits_t), the likelihood of the averaged prediction, and not the average of
     their likelihoods.
 
@@ -69,10 +71,12 @@ def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits
       logits: whether predictions are logits.
 
     Returns:
-      float32 scalar, float64 for float64; NaN where traced probabilities or labels are out of range.
+      float32 scalar, float64 for float64; NaN where traced probabilities or labels are out of range, or logits have no
+      softmax (NaN, +inf, or all -inf).
 
     Raises:
-      TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range.
+      TypeError, ValueError: if shapes or dtypes do not fit, or known values are out of range. Known logits that look
+        like probabilities are a warning.
 
     Example:
       >>> negative_log_likelihood(jnp.array([[1e4, 0.0]]), jnp.array([1]), logits=True)
@@ -83,17 +87,23 @@ def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits
     """
     if not _checks.flag("negative_log_likelihood", "logits", logits):
         return _of_probabilities(*_inputs.classes("negative_log_likelihood", predictions, labels))
-    return _of_logits(*check_logits("negative_log_likelihood", predictions, labels))
+    checked = check_logits("negative_log_likelihood", predictions, labels)
+    _inputs.warn_of_probabilities("negative_log_likelihood", predictions, "For probabilities pass logits=False.")
+    return _of_logits(*checked)
 
 
 @jax.jit
 def _of_probabilities(p: Array, labels: Array) -> Array:
-    return -jnp.log(_inputs.at_label(_inputs.clean(p, labels), labels)).mean()
+    p, valid = _inputs.clean(p, labels)
+    return _inputs.nan_unless(valid, -jnp.log(_inputs.at_label(p, labels))).mean()
 
 
 @jax.jit
 def _of_logits(logits: Array, labels: Array) -> Array:
-    return -log_likelihood(logits, labels).mean()
+    valid = has_softmax(logits, labels)
+    room = _inputs.headroom(logits).min()
+    loss = -log_likelihood(jnp.where(valid[:, None], logits, 0), labels, room)
+    return _inputs.nan_unless(valid, loss).mean() / room
 
 
 def check_logits(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
@@ -103,11 +113,14 @@ def check_logits(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[A
     return z.reshape(-1, *z.shape[-2:]), y
 
 
-def log_likelihood(logits: Array, labels: Array) -> Array:
-    """log mean_t softmax(logits_t)[label], `[n]`, of logits `[T, n, classes]`; NaN where the label is none of them."""
-    log_p = _inputs.at_label(jax.nn.log_softmax(logits), labels)
-    log_p = jnp.where(_inputs.is_label(labels, logits)[None], log_p, jnp.nan)
-    return jax.nn.logsumexp(log_p, axis=0) - jnp.log(jnp.asarray(len(logits), log_p.dtype))
+def has_softmax(logits: Array, labels: Array) -> Array:
+    """Whether all logits of an example `[T, n, classes]` have a softmax, and its label is one of the classes; `[n]`."""
+    return jnp.isfinite(logits.max(-1)).all(0) & _inputs.is_label(labels, logits)
+
+
+def log_likelihood(logits: Array, labels: Array, room: ArrayLike = 1) -> Array:
+    """log mean_t softmax(logits_t)[label], `[n]`, of logits `[T, n, classes]`, times `_inputs.headroom`."""
+    return _inputs.log_mean_exp(_inputs.at_label(_inputs.log_softmax(logits, room), labels), room)
 
 
 def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) -> Coverage:
@@ -119,7 +132,8 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
       targets: real, of the same shape.
 
     Returns:
-      `Coverage`; NaN where a bound or a target is NaN, or a traced upper bound is below its lower one.
+      `Coverage`; NaN where a bound or a target is NaN, or a traced upper bound is below its lower one. The width is
+      infinite where an interval has one infinite end, and 0 where both ends are the same infinity.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or known bounds are in the wrong order.
@@ -142,9 +156,11 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
 
 @jax.jit
 def _coverage(low: Array, high: Array, y: Array) -> Coverage:
-    missing = jnp.isnan(y) | ~(low <= high)
-    inside = jnp.where(missing, jnp.nan, ((low <= y) & (y <= high)).astype(y.dtype))
-    return Coverage(inside.mean(), jnp.where(missing, jnp.nan, high - low).mean())
+    valid = ~jnp.isnan(y) & (low <= high)
+    inside = _inputs.nan_unless(valid, ((low <= y) & (y <= high)).astype(y.dtype))
+    room = _inputs.headroom(low, high).min()
+    width = _inputs.difference(high * room, low * room)
+    return Coverage(inside.mean(), _inputs.nan_unless(valid, width).mean() / room)
 
 
 def pinball(quantiles: ArrayLike, targets: ArrayLike, level: float) -> Array:
@@ -158,7 +174,7 @@ def pinball(quantiles: ArrayLike, targets: ArrayLike, level: float) -> Array:
       level: which quantile they are, in (0, 1).
 
     Returns:
-      float32 scalar, float64 for float64.
+      float32 scalar, float64 for float64; infinite where one of a quantile and its target is, NaN where one is NaN.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or the level is out of range.
@@ -172,7 +188,17 @@ def pinball(quantiles: ArrayLike, targets: ArrayLike, level: float) -> Array:
     """
     q, y = _inputs.numbers("pinball", quantiles=quantiles, targets=targets)
     level = _inputs.fraction("pinball", "level", level)
-    return jnp.maximum(level * (y - q), (level - 1) * (y - q)).mean()
+    return _pinball(q, y, jnp.asarray(level, q.dtype), jnp.asarray(1 - level, q.dtype))
+
+
+@jax.jit
+def _pinball(q: Array, y: Array, below: Array, above: Array) -> Array:
+    """Mean of max(below (y - q), above (q - y)): the shares of the distribution below and above the quantile q."""
+    room = _inputs.headroom(q, y).min()
+    gap = _inputs.difference(y * room, q * room)
+    finite = jnp.where(jnp.isinf(gap), 0, gap)
+    loss = jnp.where(jnp.isinf(gap), jnp.abs(gap), jnp.maximum(below * finite, -above * finite))
+    return loss.mean() / room
 
 
 def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array:
@@ -188,7 +214,8 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
       fair: whether to estimate the score of the distribution that the samples come from; needs T of at least 2.
 
     Returns:
-      float32 scalar, float64 for float64. NaN where a sample or a target is NaN.
+      float32 scalar, float64 for float64; infinite where a sample or its target is (and 0 where all are the same
+      infinity), NaN where one is NaN.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit.
@@ -201,23 +228,25 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
       Gneiting, Raftery, [Strictly proper scoring rules](https://doi.org/10.1198/016214506000001437), 2007; Ferro,
       [Fair scores for ensemble forecasts](https://doi.org/10.1002/qj.2270), 2014.
     """
-    x, y = jnp.asarray(samples), jnp.asarray(targets)
+    x, y = _inputs.array("crps", "samples", samples), _inputs.array("crps", "targets", targets)
     least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
+        order = " The order of the arguments is samples, targets." if y.shape[1:] == x.shape and y.ndim else ""
         raise ValueError(
             f"crps: samples and targets must be of shapes [T, ...] and [...], with T at least {least}, got "
-            f"{_checks.describe(x)} and {_checks.describe(y)}."
+            f"{_checks.describe(x)} and {_checks.describe(y)}.{order}"
         )
     return _crps(*_inputs.numbers("crps", samples=x, targets=jnp.broadcast_to(y[None], x.shape)), bool(fair))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _crps(x: Array, y: Array, fair: bool) -> Array:
-    num_samples = len(x)
-    distance, x = jnp.abs(x - y), jnp.sort(x - y, 0)
-    weights = (2 * jnp.arange(1, num_samples + 1) - num_samples - 1).astype(x.dtype)
-    pairs = num_samples * ((num_samples - 1) if fair else num_samples)
-    return (distance.mean(0) - (weights.reshape(-1, *[1] * (x.ndim - 1)) * x).sum(0) / pairs).mean()
+    # It is twice the mean pinball loss of the sorted samples as quantiles of levels (t - 1/2) / T, and, if fair, of
+    # levels (t - 1) / (T - 1): a sum of positive terms, and no square of T.
+    rank = jnp.arange(len(x)).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    rank = rank if fair else rank + 0.5
+    total = len(x) - 1.0 if fair else float(len(x))
+    return 2 * _pinball(jnp.sort(x, 0), y, rank / total, (total - rank) / total)
 
 
 def crps_gaussian(mean: ArrayLike, std: ArrayLike, targets: ArrayLike) -> Array:
@@ -231,7 +260,8 @@ def crps_gaussian(mean: ArrayLike, std: ArrayLike, targets: ArrayLike) -> Array:
       targets: real, of the same shape.
 
     Returns:
-      float32 scalar, float64 for float64; NaN where a traced std is negative.
+      float32 scalar, float64 for float64; infinite where a number is (a mean and its target that are the same infinity
+      have no distance), NaN where one is NaN or a traced std is negative.
 
     Raises:
       TypeError, ValueError: if shapes or dtypes do not fit, or a known std is negative.
@@ -250,12 +280,16 @@ def crps_gaussian(mean: ArrayLike, std: ArrayLike, targets: ArrayLike) -> Array:
 
 @jax.jit
 def _crps_gaussian(m: Array, s: Array, y: Array) -> Array:
-    far = jnp.abs(y - m) > 1e6 * s  # there 2 Φ(z) - 1 is 1, φ(z) is 0, and z may overflow
-    z = jnp.where(far, 0, y - m) / jnp.where(far | (s == 0), 1, s)
-    score = s * (
-        z * (2 * jax.scipy.stats.norm.cdf(z) - 1)
-        + 2 * jax.scipy.stats.norm.pdf(z)
-        - 1 / jnp.sqrt(jnp.pi).astype(s.dtype)
-    )
-    far_score = jnp.abs(y - m) - s / jnp.sqrt(jnp.pi).astype(s.dtype)
-    return jnp.where(s >= 0, jnp.where(far, far_score, score), jnp.nan).mean()
+    room = _inputs.headroom(m, s, y).min()
+    distance = _inputs.difference(y * room, m * room)
+    valid, endless = (s >= 0) & ~jnp.isnan(distance), jnp.isinf(s)
+    s = jnp.where(valid, s, 0) * room
+    far = (jnp.abs(distance) > 1e6 * s) & ~endless  # there 2 Φ(z) - 1 is 1, φ(z) is 0, and z may overflow
+    ends = far | endless | (s == 0)
+    # Both are divided by the larger one first, so that the derivative of 1 / s does not overflow.
+    larger = jnp.where(ends, 1, lax.stop_gradient(jnp.maximum(jnp.abs(distance), s)))
+    z = jnp.where(ends, 0, distance) / larger / jnp.where(ends, 1, s / larger)
+    root = np.sqrt(np.pi).astype(s.dtype)
+    score = s * (z * (2 * jax.scipy.stats.norm.cdf(z) - 1) + 2 * jax.scipy.stats.norm.pdf(z) - 1 / root)
+    far_score = jnp.abs(distance) - jnp.where(endless, 0, s) / root
+    return _inputs.nan_unless(valid, jnp.where(far, far_score, score)).mean() / room

@@ -1,4 +1,4 @@
-"""Does uncertainty say what to leave to others: wrong predictions, and inputs unlike those of training?"""
+"""Selective prediction and out-of-distribution detection: does uncertainty flag errors and unfamiliar inputs?"""
 
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
     Args:
       uncertainty: real `[n]`, higher where less certain: an entropy, a variance, 1 - confidence.
       losses: bool or real `[n]`: whether the prediction is wrong, or its loss. An infinite one makes the areas
-        infinite, and their difference NaN.
+        infinite, and their difference NaN; the mean of losses of which some are +inf and others -inf is NaN.
 
     Returns:
       `RiskCoverage`; all NaN where a traced uncertainty or loss is NaN.
@@ -61,7 +61,7 @@ def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
       Geifman, El-Yaniv, [Selective classification for deep neural networks](https://arxiv.org/abs/1705.08500), 2017;
       Geifman, Uziel, El-Yaniv, [Bias-reduced uncertainty estimation](https://arxiv.org/abs/1805.08206), 2019 (areas).
     """
-    if jnp.asarray(losses).dtype == jnp.bool_:
+    if _inputs.array("risk_coverage", "losses", losses).dtype == jnp.bool_:
         losses = jnp.asarray(losses).astype(jnp.float32)
     u, loss = _inputs.numbers("risk_coverage", uncertainty=uncertainty, losses=losses)
     if u.ndim != 1:
@@ -73,7 +73,9 @@ def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
 
 @jax.jit
 def _risk_coverage(u: Array, loss: Array) -> RiskCoverage:
-    missing = jnp.where(jnp.isnan(u).any() | jnp.isnan(loss).any(), jnp.nan, 0).astype(loss.dtype)
+    valid = ~(jnp.isnan(u).any() | jnp.isnan(loss).any())
+    room = _inputs.headroom(loss).min()
+    loss = loss * room
     count = jnp.arange(1, len(u) + 1)
 
     def mean(u: Array, loss: Array) -> Array:
@@ -84,13 +86,17 @@ def _risk_coverage(u: Array, loss: Array) -> RiskCoverage:
         return (total[first] + share * (total[last] - total[first])) / count.astype(loss.dtype)
 
     def risk(u: Array) -> Array:
-        endless = jnp.isinf(loss)  # their sums are inf - inf
-        share = mean(u, jnp.where(endless, jnp.sign(loss), 0))
-        return mean(u, jnp.where(endless, 0, loss)) + jnp.where(share == 0, 0, share * jnp.inf) + missing
+        # Infinities are counted apart: differences of their sums are inf - inf.
+        above, below = (mean(u, (loss == end).astype(loss.dtype)) > 0 for end in (jnp.inf, -jnp.inf))
+        finite = mean(u, jnp.where(jnp.isinf(loss), 0, loss)) / room
+        return finite + (jnp.where(above, jnp.inf, 0) - jnp.where(below, jnp.inf, 0)).astype(loss.dtype)
 
-    curve = risk(u)
-    aurc = curve.mean()
-    return RiskCoverage(count.astype(loss.dtype) / len(u), curve, aurc, jnp.maximum(aurc - risk(loss).mean(), 0))
+    curve, best = risk(u), risk(loss)
+    aurc, least = _inputs.mean(curve), _inputs.mean(best)
+    coverage = count.astype(loss.dtype) / len(u)
+    return RiskCoverage(
+        coverage, *(_inputs.nan_unless(valid, of) for of in (curve, aurc, jnp.maximum(aurc - least, 0)))
+    )
 
 
 def detection(usual: ArrayLike, foreign: ArrayLike) -> Detection:

@@ -1,8 +1,8 @@
-"""One number that makes a classifier as sure as it may be."""
+"""Temperature scaling: rescales logits so that confidence matches accuracy."""
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from dropjax.mc import _inputs, scores
 
 _GRID = 65  # of log temperatures, for samples, whose likelihood may have several maxima
 _HALVINGS = 45
+_SEARCH = -60.0, 80.0  # log temperatures in units of the largest difference of logits, beyond which nothing changes
 
 
 class FittedTemperature(NamedTuple):
@@ -45,10 +46,12 @@ def fit_temperature(
       bounds: the lowest and the highest temperature to return.
 
     Returns:
-      `FittedTemperature`; NaN where logits are NaN, or a traced label is out of range or has probability 0.
+      `FittedTemperature`; NaN where logits have no softmax (NaN, +inf, or all -inf), or a traced label is out of range
+      or has probability 0.
 
     Raises:
       TypeError, ValueError: if shapes, dtypes or bounds do not fit, or known labels are out of range or impossible.
+        Known logits that look like probabilities are a warning.
 
     Example:
       >>> logits = jnp.array([[4.0, 0.0]] * 4)  # sure to 98 %, right in 3 of 4: 4 / log 3
@@ -60,15 +63,9 @@ def fit_temperature(
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
     z, labels = scores.check_logits("fit_temperature", logits, labels)
-    real = isinstance(bounds, tuple | list) and all(isinstance(of, int | float | np.number) for of in bounds)
-    limits = np.finfo(z.dtype)
-    if not real or len(bounds) != 2 or not limits.tiny <= bounds[0] < bounds[1] <= limits.max:
-        raise ValueError(
-            f"fit_temperature: bounds must be two numbers, 0 < low < high, that {z.dtype} holds, got {bounds}."
-        )
-    ends = jnp.array(bounds, z.dtype)
-    temperature, at_bound, impossible = _fit(z, labels, jnp.log(ends))
-    temperature = jnp.clip(temperature, *ends)  # the exponential of a logarithm may be rounded past it
+    _inputs.warn_of_probabilities("fit_temperature", logits, "For probabilities pass their logarithm.")
+    ends = jnp.asarray(_ends(bounds, z.dtype))
+    temperature, at_bound, impossible = _fit(z, labels, ends)
     if _inputs.is_known(impossible) and bool(impossible):
         raise ValueError(
             "fit_temperature: labels must have a logit above -inf, got -inf at one of them: no temperature gives it a "
@@ -83,17 +80,39 @@ def fit_temperature(
     return FittedTemperature(temperature, at_bound)
 
 
+def _ends(bounds: Any, dtype: Any) -> np.ndarray:
+    """Checks the lowest and the highest temperature; returns them in the dtype of the logits."""
+    kinds = int | float | np.integer | np.floating
+    two = isinstance(bounds, tuple | list) and len(bounds) == 2
+    if two and all(isinstance(end, kinds) and not isinstance(end, bool) for end in bounds):
+        limits = np.finfo(dtype)
+        if float(limits.tiny) <= bounds[0] < bounds[1] <= float(limits.max):
+            low, high = np.array(bounds, np.float64).astype(dtype)
+            if low < high:
+                return np.array([low, high], dtype)
+    raise ValueError(
+        f"fit_temperature: bounds must be two numbers, 0 < low < high, that {np.dtype(dtype)} holds, got {bounds}."
+    )
+
+
 @jax.jit
-def _fit(logits: Array, labels: Array, bounds: Array) -> tuple[Array, Array, Array]:
+def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array]:
+    valid = scores.has_softmax(logits, labels)
+    possible = ~jnp.isneginf(_inputs.at_label(logits, labels)).all(0)
+    impossible = (valid & ~possible).any()
+    logits = jnp.where((valid & possible)[:, None], logits, 0)
     never = jnp.isneginf(logits)  # -inf stays so at any temperature, and its derivative is 0
-    lowest = -jnp.finfo(logits.dtype).max
-    away = logits - lax.stop_gradient(logits.max(-1, keepdims=True))
-    logits = jnp.where(jnp.isneginf(away) & ~never, lowest, away)  # the difference of finite logits may overflow
-    finite = jnp.where(never, 0, logits)
+    room = _inputs.headroom(jnp.where(never, 0, logits)).min()
+    logits = logits * room
+    away = jnp.where(never, 0, logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    # In units of the largest difference, so that no quotient in the search overflows or vanishes.
+    unit = lax.stop_gradient(-away.min())
+    unit = jnp.where(unit == 0, 1, unit)
+    away, bounds = away / unit, jnp.clip(jnp.log(ends) - (jnp.log(unit) - jnp.log(room)), *_SEARCH)
 
     def loss(log_temperature: Array) -> Array:
-        scaled = jnp.where(never, -jnp.inf, finite * jnp.exp(-log_temperature))
-        return -scores.log_likelihood(scaled, labels).mean()
+        scaled = away * jnp.exp(-log_temperature)
+        return -scores.log_likelihood(jnp.where(never, -jnp.inf, scaled), labels).mean()
 
     slope = jax.grad(loss)
     low, high = bounds
@@ -120,9 +139,9 @@ def _fit(logits: Array, labels: Array, bounds: Array) -> tuple[Array, Array, Arr
     root, (left, right) = lax.custom_root(slope, low, solve, divide, has_aux=True)
     at_low = (left == bounds[0]) & (slope(bounds[0]) >= 0)
     at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
-    found = jnp.where(at_low, bounds[0], jnp.where(at_high, bounds[1], root))
-    value = loss(found)
-    return jnp.where(jnp.isfinite(value), jnp.exp(found), jnp.nan), at_low | at_high, jnp.isposinf(value)
+    inside = jnp.clip(unit * jnp.exp(root) / room, *ends)
+    fitted = jnp.where(at_low, ends[0], jnp.where(at_high, ends[1], inside))
+    return _inputs.nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
 
 
 def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
@@ -130,13 +149,16 @@ def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
 
     Args:
       logits: float `[..., classes]`; of samples, before their softmax is averaged.
-      temperature: number or scalar array above 0, as in `fit_temperature(...).temperature`; it may be traced.
+      temperature: number or scalar array, above 0 and finite, as in `fit_temperature(...).temperature`; it may be
+        traced.
 
     Returns:
-      float32 array of the shape of logits, float64 for float64; NaN where a traced temperature is not above 0.
+      float32 array of the shape of logits, float64 for float64; infinite where that does not hold the quotient, NaN
+      where a traced temperature is out of range.
 
     Raises:
-      TypeError, ValueError: if shapes or dtypes do not fit, or a known temperature is not above 0.
+      TypeError, ValueError: if shapes or dtypes do not fit, or a known temperature is out of range. Known logits that
+        look like probabilities are a warning.
 
     Example:
       >>> temperature_scale(jnp.array([2.0, 0.0]), 4)
@@ -146,7 +168,7 @@ def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
       Guo, Pleiss, Sun, Weinberger, [On calibration of modern neural
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
-    z = jnp.asarray(logits)
+    z = _inputs.array("temperature_scale", "logits", logits)
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise TypeError(f"temperature_scale: logits must be floats, got {_checks.describe(z)}.")
     number = _checks.is_array(temperature) or isinstance(temperature, int | float)
@@ -155,7 +177,7 @@ def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
             "temperature_scale: temperature must be a number or a scalar array, got "
             f"{_checks.describe(temperature)}. Of a fit, pass its field temperature."
         )
-    _inputs.require("temperature_scale", "temperature must be above 0, {got}", temperature, lambda of: of > 0)
+    _inputs.warn_of_probabilities("temperature_scale", logits, "For probabilities pass their logarithm.")
     (z,) = _inputs.widen(z)
     t = jnp.asarray(temperature).astype(z.dtype)
-    return z / jnp.where(t > 0, t, jnp.nan)
+    return z / _inputs.positive("temperature_scale", "temperature", temperature, t)
