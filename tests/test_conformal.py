@@ -30,6 +30,21 @@ def test_decimals_are_taken_as_written():
     assert mc.conformal_threshold(np.arange(1.0, 1000.0), 0.7) == 300
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_alpha_of_numpy_is_the_decimal_that_it_shows(dtype):
+    """float32(0.7) is below 0.7, which would be rounded up to 301."""
+    assert mc.conformal_threshold(np.arange(1.0, 1000.0), dtype(0.7)) == 300
+
+
+def test_threshold_is_one_of_the_scores():
+    """Exactly, where the steps of float32 are wide, and where they are infinite."""
+    for scores in [1e6 + RNG.uniform(-1, 1, 99), 1e37 * RNG.normal(size=99), [*RNG.normal(size=98), np.inf]]:
+        scores = np.asarray(scores, np.float32)
+        for alpha in [0.01, 0.05, 0.3]:
+            k = math.ceil(100 * (1 - Fraction(str(alpha))))
+            assert jax.jit(lambda s, a=alpha: mc.conformal_threshold(s, a))(scores) == np.sort(scores)[k - 1]
+
+
 def test_coverage_of_intervals_has_the_beta_distribution():
     """With known Gaussian residuals the coverage of each threshold q is 2 Φ(q) - 1 exactly, Beta(k, n + 1 - k)."""
     keys = jax.random.split(jax.random.key(0), DRAWS)
@@ -126,6 +141,10 @@ BAD = [
     (mc.conformal_sets, (Q > 0, 0.5), {}, TypeError, "probabilities must be floats, got bool[2,4]."),
     (mc.conformal_residuals, (Q, Q[0]), {}, ValueError, "mean and targets must have one shape, got float32[2,4] and"),
     (mc.conformal_residuals, (Q, Q), {"std": Q * 0}, ValueError, "std must be above 0, got 0. Add the standard devia"),
+    (mc.conformal_residuals, (Q, Q), {"std": Q * 1e-39}, ValueError, "the normal numbers of float32, got 2.5e-40. Add"),
+    (mc.conformal_intervals, (Q, 1.0), {"std": Q * np.inf}, ValueError, "the normal numbers of float32, got inf."),
+    (mc.conformal_sets, (Q, True), {}, TypeError, "threshold must be a real scalar, got True (bool)."),
+    (mc.conformal_sets, (Q, [[1], [1, 2]]), {}, TypeError, "threshold must be an array of numbers, got [[1], [1, 2]]"),
     (mc.conformal_intervals, (Q, 1.0), {"std": -Q}, ValueError, "std must be above 0, got -0.25. Add the standard d"),
 ]
 

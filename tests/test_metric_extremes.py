@@ -4,7 +4,6 @@ that is the value; NaN only where an input is invalid."""
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats

@@ -12,12 +12,14 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from dropjax import mc
+from dropjax.mc import moments
 
 RNG = np.random.default_rng(0)
 P = RNG.dirichlet(np.ones(4) * 0.7, 240).astype(np.float32)
 Y = RNG.integers(0, 4, 240)
 Z = RNG.normal(size=(300, 5)).astype(np.float32) * 3
 LABELS = (Z + RNG.gumbel(size=Z.shape)).argmax(-1)  # drawn from softmax(Z)
+OF_P = (np.log(P) + RNG.gumbel(size=P.shape)).argmax(-1)  # drawn from P
 CONFIDENCE = np.concatenate([P.max(-1)[:200], np.full(40, 0.5, np.float32)])  # with ties
 CALIBRATION = [("equal_width", False), ("equal_mass", False), ("equal_width", True), ("equal_mass", True)]
 
@@ -262,6 +264,38 @@ BAD = [
     (mc.negative_log_likelihood, (P, Y), {"logits": "no"}, TypeError, "logits must be True or False, got 'no'"),
     (mc.crps, (P, P[0]), {"fair": "no"}, TypeError, "fair must be True or False, got 'no'"),
     (mc.reliability, (P, Y), {"num_bins": 0}, ValueError, "num_bins must be at least 1, got 0."),
+    (mc.reliability, (P, Y), {"num_bins": 2**31}, ValueError, "num_bins must be at most 65536, got 2147483648."),
+    (mc.calibration_error, (P, Y), {"num_bins": 65537}, ValueError, "num_bins must be at most 65536, got 65537."),
+    (mc.brier, (Y, P), {}, ValueError, "The order of the arguments is probabilities, labels."),
+    (mc.fit_temperature, (LABELS, Z), {}, ValueError, "The order of the arguments is logits, labels."),
+    (mc.crps, (P[0], P), {}, ValueError, "The order of the arguments is samples, targets."),
+    (mc.brier, (P, np.eye(4)[Y]), {}, ValueError, "For one-hot labels pass their argmax."),
+    (mc.brier, (P, Y[:, None]), {}, ValueError, "Ravel the labels."),
+    (mc.brier, (P[:, 0], Y), {}, ValueError, "For two classes pass both: stack 1 - p and p along a last dimension."),
+    (
+        mc.brier,
+        (P, Y * 1.0),
+        {},
+        TypeError,
+        "labels integers, got float32[240,4] and float32[240]. Convert them with la",
+    ),
+    (
+        mc.brier,
+        ([[0.1, 0.9], [1.0]], [0, 1]),
+        {},
+        TypeError,
+        "probabilities must be an array of numbers, got [[0.1, 0.",
+    ),
+    (
+        mc.brier,
+        (P, None),
+        {},
+        TypeError,
+        "labels must be an array of numbers, got None (NoneType). Convert it with jnp.",
+    ),
+    (mc.crps, (lambda key: key, Y), {}, TypeError, "samples must be an array of numbers, got <function"),
+    (mc.pinball, ([10**400], [1.0], 0.5), {}, TypeError, "quantiles must be an array of numbers, got a value (list)."),
+    (mc.pinball, (N2, N2, 10**400), {}, ValueError, "level must be in (0, 1), got a value"),
     (mc.risk_coverage, (P, P), {}, ValueError, "uncertainty must be of shape [n], got float32[240,4]. Ravel both."),
     (mc.risk_coverage, (N2, N2 * np.nan), {}, ValueError, "losses must not be NaN, got nan."),
     (mc.risk_coverage, (N2 > 0, N2), {}, TypeError, "uncertainty and losses must be real numbers, got bool[2] and fl"),
@@ -283,9 +317,28 @@ BAD = [
         "labels must have a logit above -inf",
     ),
     (mc.temperature_scale, (Z, 0), {}, ValueError, "temperature must be above 0, got 0."),
+    (
+        mc.temperature_scale,
+        (Z, 1e-50),
+        {},
+        ValueError,
+        "in [1.2e-38, 3.4e+38], the normal numbers of float32, got 1e-50",
+    ),
+    (mc.temperature_scale, (Z, np.inf), {}, ValueError, "the normal numbers of float32, got inf."),
+    (
+        mc.temperature_scale,
+        (Z, np.array(True)),
+        {},
+        TypeError,
+        "temperature must be a number or a scalar array, got bool",
+    ),
+    (mc.temperature_scale, (Z, 10**400), {}, TypeError, "temperature must be an array of numbers, got a value."),
     (mc.temperature_scale, (Z, N2), {}, TypeError, "temperature must be a number or a scalar array, got float64[2]."),
     (mc.temperature_scale, (np.arange(3), 1.0), {}, TypeError, "logits must be floats, got int32[3]."),
-    (mc.fit_temperature, (Z[:240], Y), {"bounds": (1e-50, 9)}, ValueError, "that float32 holds, got (1e-50, 9)."),
+    *[
+        (mc.fit_temperature, (Z[:240], Y), {"bounds": bounds}, ValueError, f"that float32 holds, got {bounds}.")
+        for bounds in [(1e-50, 9), (True, 9), (1, 10**400), (1, 1 + 1e-12), (np.nan, 1), (1, np.inf)]
+    ],
 ]
 
 
@@ -295,6 +348,107 @@ def test_bad_input(function, args, options, kind, message):
         function(*args, **options)
     assert str(caught.value).startswith(f"{function.__name__}: ")
     assert message in str(caught.value)
+
+
+SUMMARY = mc.Classification(*[P] * len(mc.Classification._fields))
+OF_SUMMARY = [
+    (mc.brier, ("probabilities", Y), "Pass its field probabilities."),
+    (mc.calibration_error, ("probabilities", Y), "Pass its field probabilities."),
+    (mc.reliability, ("probabilities", Y), "Pass its field probabilities."),
+    (mc.negative_log_likelihood, ("probabilities", Y), "Pass its field probabilities."),
+    (mc.conformal_scores, ("probabilities", Y), "Pass its field probabilities."),
+    (mc.conformal_sets, ("probabilities", 0.5), "Pass its field probabilities."),
+    (mc.fit_temperature, ("logits", Y), "Pass the logarithm of its field probabilities."),
+    (mc.temperature_scale, ("logits", 2.0), "Pass the logarithm of its field probabilities."),
+    (mc.risk_coverage, ("uncertainty", N2), "Pass one of its fields: probabilities, predictive_entropy, expected"),
+    (mc.risk_coverage, (N2, "losses"), "Pass one of its fields:"),
+    (mc.detection, ("usual", N2), "Pass one of its fields:"),
+    (mc.crps, ("samples", N2), "Pass one of its fields:"),
+    (mc.crps_gaussian, ("mean", N2, N2), "Pass one of its fields:"),
+    (mc.pinball, ("quantiles", N2, 0.5), "Pass one of its fields:"),
+    (mc.interval_coverage, ("lower", N2, N2), "Pass one of its fields:"),
+    (mc.conformal_threshold, ("scores", 0.1), "Pass one of its fields:"),
+    (mc.conformal_sets, (P, "threshold"), "Pass one of its fields:"),
+    (mc.conformal_residuals, ("mean", N2), "Pass one of its fields:"),
+    (mc.conformal_intervals, ("mean", 0.5), "Pass one of its fields:"),
+    (moments.relu, ("mean", N2), "Pass one of its fields:"),
+    (moments.dropout, (N2, "var", 0.5), "Pass one of its fields:"),
+    (moments.dense, ("mean", N2, N2), "Pass one of its fields:"),
+]
+
+
+@pytest.mark.parametrize(("function", "args", "remedy"), OF_SUMMARY, ids=lambda of: "")
+def test_a_summary_for_an_array(function, args, remedy):
+    """A named tuple of arrays of one shape would be stacked without a word."""
+    (name,) = [arg for arg in args if isinstance(arg, str)]
+    with pytest.raises(TypeError) as caught:
+        function(*[SUMMARY if isinstance(arg, str) else arg for arg in args])
+    message = f"{function.__name__}: {name} must be an array, got a Classification. {remedy}"
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("judge", "remedy"),
+    [
+        (lambda p: mc.negative_log_likelihood(p, OF_P, logits=True), "For probabilities pass logits=False."),
+        (lambda p: mc.fit_temperature(p, OF_P).temperature, "For probabilities pass their logarithm."),
+        (lambda p: mc.temperature_scale(p, 2.0), "For probabilities pass their logarithm."),
+    ],
+)
+def test_probabilities_for_logits_are_a_warning(judge, remedy):
+    """Where all are at least 0 and sum to 1, of one pass and of samples, in any dtype; not under jit."""
+    for p in [P.tolist(), np.stack([P, P]), jnp.asarray(P, jnp.bfloat16)]:
+        with pytest.warns(
+            UserWarning, match="logits must be unnormalised, got numbers of at least 0 that sum"
+        ) as caught:
+            judge(p)
+        assert caught[0].filename == __file__
+        assert remedy in str(caught[0].message)
+    for logits in [P + 0.1, P - P.mean(), P * 2]:
+        judge(logits)
+    jax.jit(judge)(P)
+
+
+def test_lists_are_arrays():
+    assert mc.brier(P.tolist(), Y.tolist()) == mc.brier(P, Y)
+    traced = jax.jit(lambda loss: mc.risk_coverage([1.0, 2.0], [loss, 0.0]).risk)(1.0)
+    np.testing.assert_array_equal(traced, [1, 0.5])
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_crps_of_more_samples_than_int32_holds_pairs_of(fair):
+    """Of N(0, 1) at 0 it is (sqrt(2) - 1) / sqrt(π); by sorting, whose pairs are sums over ranks."""
+    x = RNG.normal(size=(50_000, 2))
+    rank = np.arange(1, 50_001) * 2 - 50_001.0
+    pairs = (rank[:, None] * np.sort(x, 0)).sum(0) / (50_000 * (50_000 - fair))
+    expected = (np.abs(x).mean(0) - pairs).mean()
+    np.testing.assert_allclose(mc.crps(x, np.zeros(2), fair=fair), expected, rtol=1e-5)
+    assert abs(expected - (np.sqrt(2) - 1) / np.sqrt(np.pi)) < 0.01
+
+
+@pytest.mark.parametrize("num_bins", [1, 15])
+@pytest.mark.parametrize("binning", ["equal_width", "equal_mass"])
+def test_means_of_bins_do_not_drift(num_bins, binning):
+    """Of a million confidences, whose float32 sum in one go, or in blocks of thousands, is off by 1e-5 and more."""
+    for confidence in [np.full(2**20, 0.9), RNG.uniform(0.934, 0.999, 2**20)]:
+        p = two(confidence)
+        bins = mc.reliability(p, np.ones(2**20, np.int32), num_bins=num_bins, binning=binning)
+        size = np.asarray(bins.size)
+        mean = (np.asarray(bins.confidence, np.float64)[size > 0] * size[size > 0]).sum() / size.sum()
+        np.testing.assert_allclose(mean, p[:, 1].astype(np.float64).mean(), rtol=2e-7)
+        assert size.sum() == 2**20
+
+
+def test_likelihood_of_large_logits_under_jit():
+    """Compiled on a CPU, s * z - max is rounded once: of `jax.nn.log_softmax` the largest is NaN."""
+    for samples in (1, 3):
+        z = RNG.normal(size=(samples, 60, 5)).astype(np.float32)
+        labels = RNG.integers(0, 5, 60)
+        for scale in (1e9, 1e12, 1e30):
+            log_p = special.log_softmax(z.astype(float) * scale, -1)[:, np.arange(60), labels]
+            expected = -(special.logsumexp(log_p, 0) - np.log(samples)).mean()
+            value = jax.jit(lambda s, z: mc.negative_log_likelihood(s * z, labels, logits=True))(scale, z)  # noqa: B023
+            np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_what_is_not_known_while_tracing_becomes_nan():

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 
 from dropjax import _checks
 
-
 _ROOM = 2.0**-40  # sums of 2^40 of what it multiplies do not overflow
 
 
@@ -26,8 +25,12 @@ def is_known(value: Any) -> bool:
 def array(function: str, argument: str, value: Any) -> Array:
     """Returns a value as an array, and names the field to pass where the value is a whole summary."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        fields = f"its field {argument}" if argument in value._fields else f"a field: {', '.join(value._fields)}"
-        raise TypeError(f"{function}: {argument} must be an array, got a {type(value).__name__}. Pass {fields}.")
+        remedy = f"Pass one of its fields: {', '.join(value._fields)}."
+        if argument in value._fields:
+            remedy = f"Pass its field {argument}."
+        elif argument == "logits" and "probabilities" in value._fields:
+            remedy = "Pass the logarithm of its field probabilities."
+        raise TypeError(f"{function}: {argument} must be an array, got a {type(value).__name__}. {remedy}")
     try:
         if value is not None:
             return jnp.asarray(value)
@@ -232,11 +235,11 @@ def require(function: str, rule: str, value: Any, good: Any) -> None:
 
 
 def positive(function: str, argument: str, value: Any, wide: Array, remedy: str = "") -> Array:
-    """Checks that known numbers are above 0 and finite in the dtype they are computed in; NaN where traced ones are not."""
+    """Checks that known numbers are above 0 and finite in the dtype of `wide`; returns NaN where traced ones aren't."""
     limits = jnp.finfo(wide.dtype)
     tiny, largest = float(limits.tiny), float(limits.max)
     require(function, f"{argument} must be above 0, {{got}}{remedy}", value, lambda number: number > 0)
-    rule = f"{argument} must be in [{tiny:.2g}, {largest:.2g}], the normal numbers of {wide.dtype}, {{got}}"
+    rule = f"{argument} must be in [{tiny:.2g}, {largest:.2g}], the normal numbers of {wide.dtype}, {{got}}{remedy}"
     require(function, rule, value, lambda number: (number >= tiny) & (number <= largest))
     return nan_unless((wide > 0) & (wide < jnp.inf), wide)
 

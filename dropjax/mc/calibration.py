@@ -155,11 +155,12 @@ def _binned(confidence: Array, right: Array, num_bins: int, binning: str) -> Rel
     """Means of bins, which are 0 where a bin is empty."""
     confidence, n = confidence.astype(jnp.float32), len(confidence)
     if binning == "equal_width":
-        ends = np.arange(1, num_bins) / num_bins  # compared with, since a product would be rounded past them
+        # compared with, since a product would be rounded past them
+        ends = np.append(np.arange(1, num_bins) / num_bins, np.inf)
         bins = jnp.searchsorted(jnp.asarray(ends, jnp.float32), confidence)
     else:
         ranks = jnp.searchsorted(jnp.sort(confidence), confidence)
-        first = [-(-b * n // num_bins) for b in range(1, num_bins)]
+        first = [-(-b * n // num_bins) for b in range(1, num_bins + 1)]
         bins = jnp.searchsorted(jnp.asarray(np.array(first, np.int32)), ranks.astype(jnp.int32), side="right")
     counts = jnp.zeros(num_bins, jnp.int32)
     size, hits = counts.at[bins].add(1), counts.at[bins].add(right.astype(jnp.int32))

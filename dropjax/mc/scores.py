@@ -231,7 +231,7 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
     x, y = _inputs.array("crps", "samples", samples), _inputs.array("crps", "targets", targets)
     least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
-        order = " The order of the arguments is samples, targets." if y.shape[1:] == x.shape and y.ndim else ""
+        order = " The order of the arguments is samples, targets." if x.ndim and y.shape[1:] == x.shape else ""
         raise ValueError(
             f"crps: samples and targets must be of shapes [T, ...] and [...], with T at least {least}, got "
             f"{_checks.describe(x)} and {_checks.describe(y)}.{order}"

@@ -172,12 +172,12 @@ def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise TypeError(f"temperature_scale: logits must be floats, got {_checks.describe(z)}.")
     number = _checks.is_array(temperature) or isinstance(temperature, int | float)
-    if not number or jnp.shape(temperature) != () or isinstance(temperature, bool):
+    t = _inputs.array("temperature_scale", "temperature", temperature) if number else jnp.zeros((), bool)
+    if t.shape != () or not (jnp.issubdtype(t.dtype, jnp.floating) or jnp.issubdtype(t.dtype, jnp.integer)):
         raise TypeError(
             "temperature_scale: temperature must be a number or a scalar array, got "
             f"{_checks.describe(temperature)}. Of a fit, pass its field temperature."
         )
     _inputs.warn_of_probabilities("temperature_scale", logits, "For probabilities pass their logarithm.")
     (z,) = _inputs.widen(z)
-    t = jnp.asarray(temperature).astype(z.dtype)
-    return z / _inputs.positive("temperature_scale", "temperature", temperature, t)
+    return z / _inputs.positive("temperature_scale", "temperature", temperature, t.astype(z.dtype))
