@@ -98,10 +98,10 @@ def looks_like_probabilities(values: Any) -> bool:
     if not is_known(values):
         return False
     x = np.asarray(values)
-    slack = 1e-3 + float(jnp.finfo(x.dtype).eps)
-    x = x.astype(np.float64)
-    if not x.size or x.shape[-1] < 2:
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size or x.ndim < 1 or x.shape[-1] < 2:
         return False
+    slack = 1e-3 + float(jnp.finfo(x.dtype).eps)  # each may have been rounded to its dtype
+    x = x.astype(np.float64)
     return bool((x >= 0).all() and (np.abs(x.sum(-1) - 1) <= slack).all())
 
 
