@@ -192,14 +192,11 @@ def test_infinities(name):
 
 @pytest.mark.parametrize(("name", "run"), LOOKED_AT, ids=[name for name, _ in LOOKED_AT])
 def test_no_nan_is_made(name, run):
-    """Under `jax_debug_nans`, which looks at each operation where nothing is compiled; gradients are finite."""
+    """Nor in a gradient, which is finite where the value is; `tests/modes.py` looks at each operation of these rows."""
     with jax.debug_nans(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = run()
-        with jax.disable_jit(True):
-            value = run()
-    for one, other in zip(jax.tree.leaves(compiled), jax.tree.leaves(value), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6, err_msg=name)
+        leaves = jax.tree.leaves(run())
+    assert all(np.isfinite(leaf).all() for leaf in leaves) or "infinite" in name
 
 
 def test_every_metric_has_a_row():

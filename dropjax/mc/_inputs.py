@@ -256,6 +256,6 @@ def fraction(function: str, argument: str, value: Any) -> float:
         raise TypeError(f"{function}: {argument} must be a number, got {_checks.describe(value)}.")
     if not 0 < value < 1:
         hint = f" For a percentage, pass {value / 100:g}." if 1 < value < 100 else ""
-        shown = float(value) if abs(value) < 2**53 or isinstance(value, float) else value
+        shown: Any = float(value) if abs(value) < 2**53 or isinstance(value, float) else value
         raise ValueError(f"{function}: {argument} must be in (0, 1), got {_checks.describe(shown)}.{hint}")
     return float(str(value))
