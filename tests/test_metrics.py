@@ -295,7 +295,7 @@ BAD = [
     ),
     (mc.crps, (lambda key: key, Y), {}, TypeError, "samples must be an array of numbers, got <function"),
     (mc.pinball, ([10**400], [1.0], 0.5), {}, TypeError, "quantiles must be an array of numbers, got a value (list)."),
-    (mc.pinball, (N2, N2, 10**400), {}, ValueError, "level must be in (0, 1), got a value"),
+    (mc.pinball, (N2, N2, 10**400), {}, ValueError, "level must be in (0, 1), got inf."),
     (mc.risk_coverage, (P, P), {}, ValueError, "uncertainty must be of shape [n], got float32[240,4]. Ravel both."),
     (mc.risk_coverage, (N2, N2 * np.nan), {}, ValueError, "losses must not be NaN, got nan."),
     (mc.risk_coverage, (N2 > 0, N2), {}, TypeError, "uncertainty and losses must be real numbers, got bool[2] and fl"),

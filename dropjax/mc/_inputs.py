@@ -254,8 +254,8 @@ def fraction(function: str, argument: str, value: Any) -> float:
     """Returns a known number strictly between 0 and 1, as the decimal it is written as: 0.1 for `np.float32(0.1)`."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{function}: {argument} must be a number, got {_checks.describe(value)}.")
-    if not 0 < value < 1:
-        hint = f" For a percentage, pass {value / 100:g}." if 1 < value < 100 else ""
-        shown: Any = float(value) if abs(value) < 2**53 or isinstance(value, float) else value
-        raise ValueError(f"{function}: {argument} must be in (0, 1), got {_checks.describe(shown)}.{hint}")
-    return float(str(value))
+    number = float(str(value))  # infinite for an integer that no float holds
+    if not 0 < number < 1:
+        hint = f" For a percentage, pass {number / 100:g}." if 1 < number < 100 else ""
+        raise ValueError(f"{function}: {argument} must be in (0, 1), got {_checks.describe(number)}.{hint}")
+    return number
