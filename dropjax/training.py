@@ -5,8 +5,11 @@ Nothing random needs saving: the key of a step is a function of (seed, step).
 
 import contextlib
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Mapping
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +33,7 @@ class Fit(NamedTuple):
     optimizer_state: Any
     """The state of the optax optimizer."""
     losses: np.ndarray
-    """The loss of every step, float32 `[steps]`, also of the steps before a restart."""
+    """The loss of every step, float64 `[steps]`, also of the steps before a restart: a mean loses no digits."""
     history: list[tuple[int, dict[str, float]]]
     """What `evaluate` returned, with the number of steps done, also from before a restart."""
 
@@ -46,7 +49,7 @@ def fit(
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     evaluate_every: int = 100,
     checkpoint_dir: str | Path | None = None,
-    checkpoint_every: int = 1000,
+    checkpoint_every: int | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Trains a state: the key of a step is a function of (seed, step), and its batch is `data(step)`.
@@ -59,13 +62,15 @@ def fit(
     Args:
       loss_fn: `loss_fn(state, batch, key)` returns the loss, a float scalar; or a pair of the loss and
         the collections that changed, as Linen's `apply(..., mutable=[...])` returns them. It is traced
-        once, under `jax.jit`.
+        once, under `jax.jit`, and again for an optimizer with a line search.
       state: what is trained. A pytree of float arrays; or a mapping with `"params"`, which alone are
         trained, and other collections (Linen's variables); or an `nnx.Module`, whose `nnx.Param` are
         trained and whose other state (batch statistics, rng streams) is carried from step to step. An
         NNX model's own streams do not depend on `seed`: to draw with `key`, pass
         `rngs=nnx.Rngs(dropout=key)` through its call. The state given is not modified.
-      optimizer: an optax transformation.
+      optimizer: an optax transformation. One that asks for them gets the loss (`value`), the gradient (`grad`)
+        and the loss as a function of what is trained (`value_fn`, Sophia's `obj_fn`), with the batch and the
+        key of the step: a line search compares losses under the same dropout masks.
       data: the batch of a step, any pytree of arrays; it must depend on the step alone. Of several
         processes, each returns the same global arrays, and state lies on the devices of all.
       seed: seed of all keys.
@@ -77,6 +82,7 @@ def fit(
       checkpoint_dir: where checkpoints are written and looked for; None for none. Needs
         `dropjax[train]`. A checkpoint is verified when it is read; a broken one is passed over.
       checkpoint_every: number of steps from one checkpoint to the next; one is also written at the end.
+        None writes ten in a run, or more, to have one every 1000 steps.
       progress: whether to show a progress bar, which needs `dropjax[train]`; None shows one if it can.
         Of several processes, the first shows it.
 
@@ -97,25 +103,40 @@ def fit(
     if seed >= 2**32:
         raise ValueError(f"fit: seed must be below 2^32, got {seed}.")
     evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
-    checkpoint_every = _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
-    parts = _checked_parts(loss_fn, state, optimizer, data)
-    step_fn = _step(loss_fn, optimizer, parts)
+    _check_called(loss_fn, data, evaluate)
+    parts = _checked_parts(state)
+    step_fn = _step(loss_fn, optimizer := _checked_optimizer(optimizer), parts)
     trained = _copied(parts.trained)
-    run = _checkpoints.Run(trained, _copied(optimizer.init(trained)), parts.carried)
-    first, losses = 0, np.zeros(0, np.float32)
+    with _promoting():
+        run = _checkpoints.Run(trained, _copied(optimizer.init(trained)), parts.carried)
+    first, losses = 0, np.zeros(0)
     history: list[tuple[int, dict[str, float]]] = []
-    checkpoints = None if checkpoint_dir is None else _checkpoints.Checkpoints(Path(checkpoint_dir).expanduser(), seed)
-    if checkpoints and (found := checkpoints.restore(run)):
-        first, run, losses, history = found
+    apart = min(1000, max(1, steps // 10)) if checkpoint_every is None else checkpoint_every
+    checkpoint_every = _checks.integer("fit", "checkpoint_every", apart, 1)
+    shows = None if progress is None else _checks.flag("fit", "progress", progress)
+    if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
+        raise TypeError(f"fit: checkpoint_dir must be a path, got {_checks.describe(checkpoint_dir)}.")
+    checkpoints = None if checkpoint_dir is None else _checkpoints.Checkpoints(checkpoint_dir, seed)
+    if checkpoints and (kept := checkpoints.restore(run)):
+        first, run, losses, history = kept
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
-    losses = np.concatenate([losses, np.zeros(steps - first, np.float32)])
+    if checkpoints and first < steps < checkpoint_every:
+        warnings.warn(
+            f"fit: checkpoint_every is {checkpoint_every}, more than the {steps} steps: nothing is saved before the "
+            "end. Leave it out for ten checkpoints in a run.",
+            stacklevel=2,
+        )
+    losses = np.concatenate([losses, np.zeros(steps - first)])
     root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
     ahead: Any = None  # loss and health of the step before, not waited for
+    if first < steps:  # what is wrong with the loss is an error here, before a progress bar
+        batch = _batch(data, first)
+        jax.eval_shape(step_fn, *run, batch, root)
 
-    with _bar(first, steps, progress) as bar, _checks.together("fit"):
+    with _checks.together("fit"), checkpoints or contextlib.nullcontext(), _bar(first, steps, shows) as bar:
         for step in range(first, steps):
-            batch = jax.tree.map(_owned, data(step))
+            batch = batch if step == first else _batch(data, step)
             run, outcome = step_fn(*run, batch, jax.random.fold_in(root, step))
             done = step + 1
             if ahead is not None:
@@ -126,15 +147,57 @@ def fit(
             if evaluates or saves or done == steps:
                 losses[step], ahead = _finite(outcome, step), None
             if evaluate is not None and evaluates:
-                measured = evaluate(parts.merge(_copied(run.trained), run.carried))
-                if not isinstance(measured, Mapping):
-                    raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(measured)}.")
-                history.append((done, {str(name): float(value) for name, value in measured.items()}))
+                history.append((done, _named(evaluate(parts.merge(_copied(run.trained), run.carried)))))
                 bar.set_postfix(history[-1][1], refresh=False)
             if checkpoints is not None and saves:
                 checkpoints.save(done, run, losses[:done], history)
             bar.update()
     return Fit(parts.merge(run.trained, run.carried), run.optimizer_state, losses, history)
+
+
+def _check_called(loss_fn: Any, data: Any, evaluate: Any) -> None:
+    """Checks the functions, and that they can be called as they will be."""
+    if not callable(loss_fn):
+        raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
+    if not callable(data):
+        raise TypeError(
+            f"fit: data must be a function of the step, got {_checks.describe(data)}. For arrays: lambda step: "
+            "(x[rows(step)], y[rows(step)]). An iterator cannot go back to the step at which a run continues."
+        )
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"fit: evaluate must be a function of the state, got {_checks.describe(evaluate)}.")
+    _check_signature("loss_fn", loss_fn, "state", "batch", "key")
+    _check_signature("data", data, "step")
+    if evaluate is not None:
+        _check_signature("evaluate", evaluate, "state")
+
+
+def _check_signature(argument: str, function: Any, *names: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some compiled functions hide theirs
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        raise TypeError(
+            f"fit: {argument} must take {len(names)} positional argument{'s' * (len(names) > 1)}, {', '.join(names)}, "
+            f"got a function of {signature.replace(parameters=bare, return_annotation=signature.empty)} ({error}). "
+            f"Wrap it: lambda {', '.join(names)}: ..."
+        ) from None
+
+
+def _checked_optimizer(optimizer: Any) -> Any:
+    methods = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if isinstance(optimizer, type) or not all(map(callable, methods)):
+        kind = getattr(optimizer, "__name__", None)
+        raise TypeError(
+            "fit: optimizer must be an optax transformation, got "
+            f"{_checks.describe(optimizer) if kind is None else f'{kind} ({type(optimizer).__name__})'}. "
+            "Build one, as optax.adam(1e-3); put several into optax.chain; of an nnx.Optimizer pass its tx."
+        )
+    return optimizer
 
 
 class _Parts(NamedTuple):
@@ -146,17 +209,13 @@ class _Parts(NamedTuple):
     carry: Callable[[Any, Any], Any]  # (state after the call, changed collections) -> carried
 
 
-def _checked_parts(loss_fn: Any, state: Any, optimizer: Any, data: Any) -> _Parts:
-    """Checks what is trained and with what, and takes the state apart."""
-    if not callable(loss_fn):
-        raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
-    if not callable(data):
+def _checked_parts(state: Any) -> _Parts:
+    """Checks what is trained, and takes the state apart."""
+    if isinstance(state, type):
         raise TypeError(
-            f"fit: data must be a function of the step, got {_checks.describe(data)}. "
-            "For arrays: lambda step: (x[rows(step)], y[rows(step)])."
+            f"fit: state must be what is trained, got the class {state.__name__}. Build the model: an nnx.Module is a "
+            "state; of a Linen module, what init returns."
         )
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise TypeError(f"fit: optimizer must be an optax transformation, got {_checks.describe(optimizer)}.")
     if not isinstance(state, nnx.Module) and any(map(_is_nnx, jax.tree.leaves(state, is_leaf=_is_nnx))):
         raise TypeError(
             f"fit: state must be one nnx.Module, or hold none, got {_checks.describe(state)}. Put several into "
@@ -229,40 +288,87 @@ def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, 
             )
         return loss, after
 
-    update = optax.with_extra_args_support(optimizer).update
+    takes = inspect.signature(optimizer.update).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: Any, optimizer_state: Any, carried: Any, batch: Any, key: Array) -> tuple[_checkpoints.Run, Any]:
         gradient = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, carried), gradients = gradient(trained, carried, batch, key)
-        updates, optimizer_state = update(gradients, optimizer_state, trained, value=loss)
-        trained = optax.apply_updates(trained, updates)
-        healthy = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)]).all()
-        return _checkpoints.Run(trained, optimizer_state, carried), (loss, healthy)
+        (loss, after), gradients = gradient(trained, carried, batch, key)
+
+        def value_fn(tried: Any, obj_fn: Any = None) -> Array:  # Sophia's obj_fn: line searches refuse what it ignores
+            value = loss_of(_completed(tried, trained), carried, batch, jax.random.clone(key))[0]
+            return value.astype(float)  # optax transposes line searches as if it were
+
+        extra = {"value": loss.astype(float), "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = {name: value for name, value in extra.items() if takes_all or name in takes}
+        with _promoting():
+            updates, state_after = optimizer.update(gradients, optimizer_state, trained, **extra)
+            updated = optax.apply_updates(trained, updates)
+        optimizer_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state_after, optimizer_state)
+        healthy = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updated)]).all()
+        return _checkpoints.Run(updated, optimizer_state, after), (loss, healthy)
 
     return step
 
 
+def _completed(tried: Any, trained: Any) -> Any:
+    """Parameters that an optimizer tries, in the dtypes trained, and beside them those that it does not train."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda new, old: old if is_masked(new) else new.astype(old.dtype), tried, trained, is_leaf=is_masked
+    )
+
+
+@contextlib.contextmanager
+def _promoting() -> Iterator[None]:
+    """The code of optax mixes dtypes and ranks, also where the user's own code must not."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def _copied(tree: Any) -> Any:
-    """The step takes its arguments' memory, which must not be the caller's."""
-    return jax.tree.map(jnp.copy, tree)
+    """The step takes its arguments' memory, which must not be the caller's; a weak type would be traced twice."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), tree)
 
 
 def _is_nnx(node: Any) -> bool:
     return isinstance(node, nnx.Module | nnx.Variable | nnx.State)
 
 
-def _owned(leaf: Any) -> Any:
-    """jit may read a NumPy array after it returns, when data() already writes the next batch into it.
+def _batch(data: Callable[[int], Any], step: int) -> Any:
+    """The batch of a step, checked.
 
-    So may `jnp.array`, in jax 0.12: the copy must be NumPy's.
+    jit may read a NumPy array after it returns, when data() already writes the next batch into it. So may `jnp.array`,
+    in jax 0.12: the copy must be NumPy's.
     """
-    _checks.of_all_processes("fit", "data", leaf, "jax.make_array_from_process_local_data(sharding, rows)")
-    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+    batch = data(step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda node: isinstance(node, Iterator)):
+        try:
+            jax.typeof(leaf)
+        except (TypeError, OverflowError):
+            raise TypeError(
+                f"fit: data must return arrays, or a tree of them, got {_checks.describe(leaf)} at data({step})"
+                f"{jax.tree_util.keystr(path)}. Convert with np.asarray what is numbers, and leave out the rest."
+            ) from None
+        _checks.of_all_processes("fit", "data", leaf, "jax.make_array_from_process_local_data(sharding, rows)")
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
 
 
-def _finite(outcome: tuple[Array, Array], step: int) -> np.float32:
-    value, healthy = np.float32(outcome[0]), bool(outcome[1])
+def _named(measured: Any) -> dict[str, float]:
+    if not isinstance(measured, Mapping):
+        raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(measured)}.")
+    for name, value in measured.items():
+        if np.ndim(value) or not isinstance(value, float | int | np.generic | np.ndarray | Array):
+            raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(value)} for {name!r}.")
+    return {str(name): float(value) for name, value in measured.items()}
+
+
+def _finite(outcome: tuple[Array, Array], step: int) -> np.float64:
+    value, healthy = np.float64(outcome[0]), bool(outcome[1])
     if not np.isfinite(value) or not healthy:
         what = (
             f"loss must be finite, got {value}" if not np.isfinite(value) else "updated state must be finite, it is not"
