@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dropjax import _checks
+
 
 class Run(NamedTuple):
     """Everything that a training step changes."""
@@ -39,6 +41,8 @@ class Checkpoints:
             import orbax.checkpoint as ocp
         except ImportError:
             raise ImportError("fit: checkpoint_dir needs Orbax: pip install 'dropjax[train]'.") from None
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"fit: checkpoint_dir must be a path, got {_checks.describe(folder)}.")
         self._ocp, self._folder, self._seed = ocp, Path(folder).expanduser().absolute(), seed
         self._last: int | None = None
         if self._folder.exists() and not self._folder.is_dir():

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -82,7 +81,7 @@ def fit(
       checkpoint_dir: where checkpoints are written and looked for; None for none. Needs
         `dropjax[train]`. A checkpoint is verified when it is read; a broken one is passed over.
       checkpoint_every: number of steps from one checkpoint to the next; one is also written at the end.
-        None writes ten in a run, or more, to have one every 1000 steps.
+        None takes a tenth of `steps`, but at least 10 and at most 1000.
       progress: whether to show a progress bar, which needs `dropjax[train]`; None shows one if it can.
         Of several processes, the first shows it.
 
@@ -103,28 +102,27 @@ def fit(
     if seed >= 2**32:
         raise ValueError(f"fit: seed must be below 2^32, got {seed}.")
     evaluate_every = _checks.integer("fit", "evaluate_every", evaluate_every, 1)
-    _check_called(loss_fn, data, evaluate)
+    tenth = min(1000, max(10, steps // 10))
+    every = tenth if checkpoint_every is None else _checks.integer("fit", "checkpoint_every", checkpoint_every, 1)
+    shows = None if progress is None else _checks.flag("fit", "progress", progress)
+    _check_functions(loss_fn, data, evaluate)
+    _check_optimizer(optimizer)
     parts = _checked_parts(state)
-    step_fn = _step(loss_fn, optimizer := _checked_optimizer(optimizer), parts)
+    step_fn = _step(loss_fn, optimizer, parts)
     trained = _copied(parts.trained)
     with _promoting():
         run = _checkpoints.Run(trained, _copied(optimizer.init(trained)), parts.carried)
     first, losses = 0, np.zeros(0)
     history: list[tuple[int, dict[str, float]]] = []
-    apart = min(1000, max(1, steps // 10)) if checkpoint_every is None else checkpoint_every
-    checkpoint_every = _checks.integer("fit", "checkpoint_every", apart, 1)
-    shows = None if progress is None else _checks.flag("fit", "progress", progress)
-    if checkpoint_dir is not None and not isinstance(checkpoint_dir, str | os.PathLike):
-        raise TypeError(f"fit: checkpoint_dir must be a path, got {_checks.describe(checkpoint_dir)}.")
     checkpoints = None if checkpoint_dir is None else _checkpoints.Checkpoints(checkpoint_dir, seed)
     if checkpoints and (kept := checkpoints.restore(run)):
         first, run, losses, history = kept
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
-    if checkpoints and first < steps < checkpoint_every:
+    if checkpoints and checkpoint_every is not None and first < steps < every:
         warnings.warn(
-            f"fit: checkpoint_every is {checkpoint_every}, more than the {steps} steps: nothing is saved before the "
-            "end. Leave it out for ten checkpoints in a run.",
+            f"fit: checkpoint_every is {every}, more than the {steps} steps: nothing is saved before the end. Leave it "
+            "out for a checkpoint after each tenth of the run.",
             stacklevel=2,
         )
     losses = np.concatenate([losses, np.zeros(steps - first)])
@@ -143,7 +141,7 @@ def fit(
                 losses[step - 1] = _finite(ahead, step - 1)
             ahead = outcome
             evaluates = evaluate is not None and (done % evaluate_every == 0 or done == steps)
-            saves = checkpoints is not None and (done % checkpoint_every == 0 or done == steps)
+            saves = checkpoints is not None and (done % every == 0 or done == steps)
             if evaluates or saves or done == steps:
                 losses[step], ahead = _finite(outcome, step), None
             if evaluate is not None and evaluates:
@@ -155,7 +153,7 @@ def fit(
     return Fit(parts.merge(run.trained, run.carried), run.optimizer_state, losses, history)
 
 
-def _check_called(loss_fn: Any, data: Any, evaluate: Any) -> None:
+def _check_functions(loss_fn: Any, data: Any, evaluate: Any) -> None:
     """Checks the functions, and that they can be called as they will be."""
     if not callable(loss_fn):
         raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
@@ -188,7 +186,7 @@ def _check_signature(argument: str, function: Any, *names: str) -> None:
         ) from None
 
 
-def _checked_optimizer(optimizer: Any) -> Any:
+def _check_optimizer(optimizer: Any) -> None:
     methods = [getattr(optimizer, name, None) for name in ("init", "update")]
     if isinstance(optimizer, type) or not all(map(callable, methods)):
         kind = getattr(optimizer, "__name__", None)
@@ -197,7 +195,6 @@ def _checked_optimizer(optimizer: Any) -> Any:
             f"{_checks.describe(optimizer) if kind is None else f'{kind} ({type(optimizer).__name__})'}. "
             "Build one, as optax.adam(1e-3); put several into optax.chain; of an nnx.Optimizer pass its tx."
         )
-    return optimizer
 
 
 class _Parts(NamedTuple):
