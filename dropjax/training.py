@@ -32,7 +32,7 @@ class Fit(NamedTuple):
     optimizer_state: Any
     """The state of the optax optimizer."""
     losses: np.ndarray
-    """The loss of every step, float64 `[steps]`, also of the steps before a restart: a mean loses no digits."""
+    """The loss of every step, float64 `[steps]`, also of the steps before a restart."""
     history: list[tuple[int, dict[str, float]]]
     """What `evaluate` returned, with the number of steps done, also from before a restart."""
 
@@ -67,9 +67,9 @@ def fit(
         trained and whose other state (batch statistics, rng streams) is carried from step to step. An
         NNX model's own streams do not depend on `seed`: to draw with `key`, pass
         `rngs=nnx.Rngs(dropout=key)` through its call. The state given is not modified.
-      optimizer: an optax transformation. One that asks for them gets the loss (`value`), the gradient (`grad`)
-        and the loss as a function of what is trained (`value_fn`, Sophia's `obj_fn`), with the batch and the
-        key of the step: a line search compares losses under the same dropout masks.
+      optimizer: an optax transformation. One that asks for them gets the loss (`value`), the gradient
+        (`grad`) and the loss as a function of what is trained (`value_fn`, Sophia's `obj_fn`), with the
+        batch and the key of the step: a line search compares losses under the same dropout masks.
       data: the batch of a step, any pytree of arrays; it must depend on the step alone. Of several
         processes, each returns the same global arrays, and state lies on the devices of all.
       seed: seed of all keys.
@@ -121,8 +121,8 @@ def fit(
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
     if checkpoints and checkpoint_every is not None and first < steps < every:
         warnings.warn(
-            f"fit: checkpoint_every is {every}, more than the {steps} steps: nothing is saved before the end. Leave it "
-            "out for a checkpoint after each tenth of the run.",
+            f"fit: checkpoint_every is {every}, more than the {steps} steps: nothing is saved before the "
+            "end. Leave it out for a checkpoint after each tenth of the run.",
             stacklevel=2,
         )
     losses = np.concatenate([losses, np.zeros(steps - first)])
@@ -159,8 +159,9 @@ def _check_functions(loss_fn: Any, data: Any, evaluate: Any) -> None:
         raise TypeError(f"fit: loss_fn must be a function, got {_checks.describe(loss_fn)}.")
     if not callable(data):
         raise TypeError(
-            f"fit: data must be a function of the step, got {_checks.describe(data)}. For arrays: lambda step: "
-            "(x[rows(step)], y[rows(step)]). An iterator cannot go back to the step at which a run continues."
+            f"fit: data must be a function of the step, got {_checks.describe(data)}. For arrays: "
+            "lambda step: (x[rows(step)], y[rows(step)]). An iterator cannot go back to the step at "
+            "which a run continues."
         )
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"fit: evaluate must be a function of the state, got {_checks.describe(evaluate)}.")
@@ -179,21 +180,22 @@ def _check_signature(argument: str, function: Any, *names: str) -> None:
         signature.bind(*names)
     except TypeError as error:
         bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        signature = signature.replace(parameters=bare, return_annotation=signature.empty)
+        called, plural = ", ".join(names), "s" * (len(names) > 1)
         raise TypeError(
-            f"fit: {argument} must take {len(names)} positional argument{'s' * (len(names) > 1)}, {', '.join(names)}, "
-            f"got a function of {signature.replace(parameters=bare, return_annotation=signature.empty)} ({error}). "
-            f"Wrap it: lambda {', '.join(names)}: ..."
+            f"fit: {argument} must take {len(names)} positional argument{plural}, {called}, got a "
+            f"function of {signature} ({error}). Wrap it: lambda {called}: ..."
         ) from None
 
 
 def _check_optimizer(optimizer: Any) -> None:
     methods = [getattr(optimizer, name, None) for name in ("init", "update")]
     if isinstance(optimizer, type) or not all(map(callable, methods)):
-        kind = getattr(optimizer, "__name__", None)
+        name, kind = getattr(optimizer, "__name__", None), type(optimizer).__name__
         raise TypeError(
             "fit: optimizer must be an optax transformation, got "
-            f"{_checks.describe(optimizer) if kind is None else f'{kind} ({type(optimizer).__name__})'}. "
-            "Build one, as optax.adam(1e-3); put several into optax.chain; of an nnx.Optimizer pass its tx."
+            f"{f'{name} ({kind})' if name else _checks.describe(optimizer)}. Build one, as "
+            "optax.adam(1e-3); put several into optax.chain; of an nnx.Optimizer pass its tx."
         )
 
 
@@ -210,8 +212,8 @@ def _checked_parts(state: Any) -> _Parts:
     """Checks what is trained, and takes the state apart."""
     if isinstance(state, type):
         raise TypeError(
-            f"fit: state must be what is trained, got the class {state.__name__}. Build the model: an nnx.Module is a "
-            "state; of a Linen module, what init returns."
+            f"fit: state must be what is trained, got the class {state.__name__}. Build the model: an "
+            "nnx.Module is a state; of a Linen module, what init returns."
         )
     if not isinstance(state, nnx.Module) and any(map(_is_nnx, jax.tree.leaves(state, is_leaf=_is_nnx))):
         raise TypeError(
@@ -225,8 +227,8 @@ def _checked_parts(state: Any) -> _Parts:
         if not _checks.is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"fit: state must have float arrays to train, got {_checks.describe(leaf)} at "
-                f"state{jax.tree_util.keystr(path)}. For a Linen module pass its variables, model.init(...); what "
-                "is not trained goes beside 'params'."
+                f"state{jax.tree_util.keystr(path)}. Convert numbers with jnp.asarray. For a Linen "
+                "module pass its variables, model.init(...); what is not trained goes beside 'params'."
             )
     for leaf in jax.tree.leaves((parts.trained, parts.carried)):
         _checks.of_all_processes("fit", "state", leaf, "jax.jit(lambda state: state, out_shardings=sharding)(state)")
@@ -259,8 +261,9 @@ def _parts(state: Any) -> _Parts:
 def _replaced(carried: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(changed, Mapping) or not changed.keys() <= carried.keys():
         raise ValueError(
-            "fit: loss_fn must return the loss, or the loss and a mapping of changes to the collections of the state "
-            f"beside 'params', which are {sorted(carried)}, got {_checks.describe(changed)}."
+            "fit: loss_fn must return the loss, or the loss and a mapping of changes to the collections "
+            f"of the state beside 'params', which are {sorted(carried)}, got {_checks.describe(changed)}. "
+            "Metrics go to evaluate."
         )
     return {**carried, **changed}
 
@@ -293,31 +296,40 @@ def _step(loss_fn: Callable[..., Any], optimizer: optax.GradientTransformation, 
         gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, after), gradients = gradient(trained, carried, batch, key)
 
-        def value_fn(tried: Any, obj_fn: Any = None) -> Array:  # Sophia's obj_fn: line searches refuse what it ignores
-            value = loss_of(_completed(tried, trained), carried, batch, jax.random.clone(key))[0]
-            return value.astype(float)  # optax transposes line searches as if it were
+        def value_fn(tried: Any, obj_fn: Any = None) -> Array:
+            # A line search refuses obj_fn, Sophia's name of it, unless its function takes it; and
+            # transposes that function as one to the default float dtype.
+            tried, again = _completed(tried, trained), jax.random.clone(key)
+            return loss_of(tried, carried, batch, again)[0].astype(float)
 
-        extra = {"value": loss.astype(float), "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
-        extra = {name: value for name, value in extra.items() if takes_all or name in takes}
-        with _promoting():
+        value = loss.astype(float)
+        extra = {"value": value, "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = {name: extra[name] for name in extra if takes_all or name in takes}
+        with _promoting(), _blamed_on_optax():
             updates, state_after = optimizer.update(gradients, optimizer_state, trained, **extra)
             updated = optax.apply_updates(trained, updates)
-        optimizer_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), state_after, optimizer_state)
+        # The dtypes that it began with: others would be compiled again, and found in no checkpoint.
+        state_after = jax.tree.map(_as_before, state_after, optimizer_state)
         healthy = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updated)]).all()
-        return _checkpoints.Run(updated, optimizer_state, after), (loss, healthy)
+        return _checkpoints.Run(updated, state_after, after), (loss, healthy)
 
     return step
 
 
+def _as_before(new: Any, old: Any) -> Array:
+    return jnp.asarray(new, old.dtype)
+
+
 def _completed(tried: Any, trained: Any) -> Any:
-    """Parameters that an optimizer tries, in the dtypes trained, and beside them those that it does not train."""
+    """Parameters that an optimizer tries, in the dtypes trained; those masked from it stay as they are."""
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
-    return jax.tree.map(
-        lambda new, old: old if is_masked(new) else new.astype(old.dtype), tried, trained, is_leaf=is_masked
-    )
+    def complete(new: Any, old: Any) -> Any:
+        return old if is_masked(new) else _as_before(new, old)
+
+    return jax.tree.map(complete, tried, trained, is_leaf=is_masked)
 
 
 @contextlib.contextmanager
@@ -327,8 +339,24 @@ def _promoting() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _blamed_on_optax() -> Iterator[None]:
+    """Where wrappers of optax keep from an optimizer what it asks for."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            "fit: the optimizer failed, not the loss. In optax.partition and optax.masked a line search "
+            "needs mask_compatible_extra_args=True; optax.MultiSteps goes around optax.chain."
+        )
+        raise
+
+
 def _copied(tree: Any) -> Any:
-    """The step takes its arguments' memory, which must not be the caller's; a weak type would be traced twice."""
+    """The step takes its arguments' memory, which must not be the caller's.
+
+    A weakly typed array becomes a strong one, as it would in the first step, which would be traced twice.
+    """
     return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), tree)
 
 
@@ -339,17 +367,19 @@ def _is_nnx(node: Any) -> bool:
 def _batch(data: Callable[[int], Any], step: int) -> Any:
     """The batch of a step, checked.
 
-    jit may read a NumPy array after it returns, when data() already writes the next batch into it. So may `jnp.array`,
-    in jax 0.12: the copy must be NumPy's.
+    jit may read a NumPy array after it returns, when data() already writes the next batch into it.
+    So may `jnp.array`, in jax 0.12: the copy must be NumPy's.
     """
     batch = data(step)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda node: isinstance(node, Iterator)):
+    leaves = jax.tree_util.tree_leaves_with_path(batch, lambda node: isinstance(node, Iterator))
+    for path, leaf in leaves:
         try:
             jax.typeof(leaf)
         except (TypeError, OverflowError):
             raise TypeError(
-                f"fit: data must return arrays, or a tree of them, got {_checks.describe(leaf)} at data({step})"
-                f"{jax.tree_util.keystr(path)}. Convert with np.asarray what is numbers, and leave out the rest."
+                f"fit: data must return arrays, or a tree of them, got {_checks.describe(leaf)} at "
+                f"data({step}){jax.tree_util.keystr(path)}. Convert numbers with np.asarray, and leave "
+                "out what is none."
             ) from None
         _checks.of_all_processes("fit", "data", leaf, "jax.make_array_from_process_local_data(sharding, rows)")
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
@@ -359,8 +389,9 @@ def _named(measured: Any) -> dict[str, float]:
     if not isinstance(measured, Mapping):
         raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(measured)}.")
     for name, value in measured.items():
-        if np.ndim(value) or not isinstance(value, float | int | np.generic | np.ndarray | Array):
-            raise TypeError(f"fit: evaluate must return named numbers, got {_checks.describe(value)} for {name!r}.")
+        if not isinstance(value, float | int | np.generic | np.ndarray | Array) or np.ndim(value):
+            got = f"{_checks.describe(value)} for {name!r}"
+            raise TypeError(f"fit: evaluate must return named numbers, got {got}.")
     return {str(name): float(value) for name, value in measured.items()}
 
 

@@ -81,7 +81,7 @@ def test_same_seed_same_result_other_seed_other_result():
         ({"state": kill_me.Nnx}, TypeError, "fit: state must be what is trained, got the class Nnx. Build the model"),
         ({"state": kill_me.Linen}, TypeError, "fit: state must be what is trained, got the class Linen."),
         ({"data": lambda step: (row for row in [])}, TypeError, "fit: data must return arrays, or a tree of them, got"),
-        ({"data": lambda step: {"x": ["a"]}}, TypeError, "got 'a' (str) at data(0)['x'][0]. Convert with np.asarray"),
+        ({"data": lambda step: {"x": ["a"]}}, TypeError, "got 'a' (str) at data(0)['x'][0]. Convert numbers with"),
         ({"data": lambda step: np.array(["a"])}, TypeError, "fit: data must return arrays, or a tree of them, got"),
         ({"data": lambda step: 2**40}, TypeError, "got 1099511627776 at data(0)."),
         ({"loss_fn": lambda s, b, k: (b[0].sum(), {}, 1)}, TypeError, "fit: loss_fn must return a float scalar, got"),
@@ -313,6 +313,20 @@ def test_a_line_search_over_a_part_of_the_parameters():
     result = fit(small_loss, state, parted, small_batch, seed=5, steps=3, progress=False)
     np.testing.assert_allclose(result.state["a"], alone.state["a"], rtol=1e-5)
     np.testing.assert_array_equal(result.state["b"], state["b"])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.partition({"a": line(), "b": optax.sgd(0.1)}, {"a": "a", "b": "b"}),
+        optax.chain(optax.clip(1.0), multi_steps(optax.polyak_sgd()).gradient_transformation()),
+    ],
+    ids=["partition", "chain"],
+)
+def test_wrappers_that_keep_the_loss_from_an_optimizer_are_named(optimizer):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fit(small_loss, {"a": jnp.zeros(3), "b": jnp.ones(2)}, optimizer, small_batch, seed=0, steps=1)
+    assert "fit: the optimizer failed, not the loss. In optax.partition" in "".join(caught.value.__notes__)
 
 
 @KINDS
