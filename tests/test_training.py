@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import dropjax
-from dropjax import training
+from dropjax import _step, training
 from dropjax.training import fit
 from tests import kill_me
 from tests.fit_me import line, looking
@@ -377,10 +377,10 @@ def test_under_the_ways_in_which_jax_looks(mode, looked_at):
 def test_optimizers_that_ask_for_nothing_compile_to_what_they_did():
     """To the letter: neither the loss as a function nor its cast leaves a trace."""
     loss_fn, state = kill_me.arguments("plain")
-    parts, inputs = training._checked_parts(state), (kill_me.data(0), jax.random.key(0))
+    parts, inputs = _step.checked_parts(state), (kill_me.data(0), jax.random.key(0))
 
     def text(optimizer):
-        step = training._step(loss_fn, optimizer, parts)
+        step = _step.jitted(loss_fn, optimizer, parts)
         return step.lower(state, optimizer.init(state), {}, *inputs).as_text()
 
     adam = optax.adam(1e-2)
