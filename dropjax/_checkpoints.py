@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+from dropjax import _checks
 
 
 class Run(NamedTuple):
@@ -33,12 +36,15 @@ class Checkpoints:
     Orbax runs as if there were no other: reading with another count of processes is then no special case.
     """
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: str | os.PathLike[str], seed: int):
         try:
             import orbax.checkpoint as ocp
         except ImportError:
             raise ImportError("fit: checkpoint_dir needs Orbax: pip install 'dropjax[train]'.") from None
-        self._ocp, self._folder, self._seed = ocp, folder.absolute(), seed
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"fit: checkpoint_dir must be a path, got {_checks.describe(folder)}.")
+        self._ocp, self._folder, self._seed = ocp, Path(folder).expanduser().absolute(), seed
+        self._last: int | None = None
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"fit: checkpoint_dir must be a folder, got the file {self._folder}.")
         (self._folder / "steps").mkdir(parents=True, exist_ok=True)
@@ -53,6 +59,15 @@ class Checkpoints:
         )
         return self._ocp.CheckpointManager(self._folder / "steps", options=options)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Says of an error or an interruption what of the run is kept."""
+        if error is not None:
+            last = "no checkpoint yet" if self._last is None else f"the checkpoint of step {self._last}"
+            error.add_note(f"fit: {self._folder} holds {last}, from which the same call continues.")
+
     def save(self, step: int, run: Run, losses: np.ndarray, history: list) -> None:
         """Saves what `restore` needs; when this returns, in any process, the checkpoint is there."""
         arrays = _arrays(run) | {"losses": losses}
@@ -62,6 +77,7 @@ class Checkpoints:
             args = self._ocp.args
             self._manager.save(step, args=args.Composite(arrays=args.StandardSave(arrays), about=args.JsonSave(about)))
         multihost_utils.sync_global_devices(f"fit: saved {step}")
+        self._last = step
 
     def restore(self, like: Run) -> tuple[int, Run, np.ndarray, list] | None:
         """Returns step, run, losses and history of the newest checkpoint that is whole, None without one.
@@ -84,7 +100,7 @@ class Checkpoints:
                 f"fit: state and optimizer must be those of the checkpoint in {self._folder}, got {wrong[1]} "
                 f"for {wrong[0]}. Use another folder for another run."
             )
-        history = [(done, numbers) for done, numbers in about["history"]]
+        self._last, history = step, [(done, numbers) for done, numbers in about["history"]]
         return step, _run(arrays, like), arrays["losses"], history
 
     def _newest(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:

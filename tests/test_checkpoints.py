@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import dropjax
+from dropjax import schedules
 from dropjax.training import fit
 from tests import kill_me
 
@@ -38,6 +41,98 @@ def test_stopping_and_going_on_is_the_same_as_going_through(kind, tmp_path):
     assert first.losses.tobytes() == through.losses[:13].tobytes()
     assert kill_me.words(kill_me.train(tmp_path, kind, 20)) == kill_me.words(through)
     assert kill_me.words(kill_me.train(tmp_path, kind, 20)) == kill_me.words(through)  # nothing left to do
+
+
+OPTIMIZERS = {
+    "lbfgs": lambda: optax.lbfgs(memory_size=2, linesearch=optax.scale_by_backtracking_linesearch(3, store_grad=True)),
+    "schedule": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 6)),
+    "plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    "injected": lambda: optax.inject_hyperparams(optax.polyak_sgd)(max_learning_rate=0.5),
+    "every two steps": lambda: optax.MultiSteps(optax.adam(0.1), 2),
+}
+
+
+def scheduled_loss(w, batch, key):
+    """The rate is a function of the step, which comes with the batch."""
+    kept = dropjax.dropout(key, w, schedules.linear(0.0, 0.5, 6)(batch["step"]))
+    return ((kept - batch["x"]).astype(jnp.float32) ** 2).mean()
+
+
+def scheduled(folder, optimizer, steps, state=None):
+    return fit(
+        scheduled_loss, jnp.ones(5) if state is None else state, optimizer,
+        lambda step: {"step": step, "x": np.linspace(1, 2 + step, 5, dtype=np.float32)}, seed=0, steps=steps,
+        checkpoint_dir=folder, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_and_rates_go_on_from_the_step(name, tmp_path):
+    through = scheduled(None, OPTIMIZERS[name](), 6)
+    scheduled(tmp_path, OPTIMIZERS[name](), 3)
+    assert kill_me.words(scheduled(tmp_path, OPTIMIZERS[name](), 6)) == kill_me.words(through)
+
+
+def test_optimizers_whose_state_changes_its_dtype_go_on(tmp_path):
+    """In bfloat16: the state keeps the dtypes that it began with, as a checkpoint needs."""
+    optimizer, state = optax.contrib.dog(1.0), jnp.ones(5, jnp.bfloat16)
+    before = [leaf.dtype for leaf in jax.tree.leaves(optimizer.init(state))]
+    through = scheduled(None, optimizer, 4, state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(through.optimizer_state)] == before
+    scheduled(tmp_path, optimizer, 2, state)
+    assert kill_me.words(scheduled(tmp_path, optimizer, 4, state)) == kill_me.words(through)
+
+
+def test_losses_of_float64_are_saved_as_they_are(tmp_path):
+    def go(steps):
+        return fit(
+            lambda w, b, k: b + 0 * w, jnp.zeros(()), optax.sgd(0.1), lambda step: 1e300 + step * 1e290, seed=0,
+            steps=steps, checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+
+    with jax.enable_x64(True):
+        go(2)
+        assert list(go(4).losses) == [1e300 + step * 1e290 for step in range(4)]
+
+
+@pytest.mark.parametrize(("steps", "apart"), [(600, 60), (50, 10), (215, 21), (20_000, 1000), (9_999, 999)])
+def test_a_run_is_saved_at_each_tenth_unless_said_otherwise(steps, apart, tmp_path):
+    """An interrupted run loses a tenth at most, and no more than 1000 steps."""
+    stop = min(steps, 2 * apart + apart // 2 + 1)
+
+    def data(step):
+        if step == stop - 1:
+            raise KeyboardInterrupt
+        return np.float32(step)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(
+            lambda w, b, k: ((w - b) ** 2).sum(), jnp.zeros(2), optax.sgd(1e-3), data, seed=0, steps=steps,
+            checkpoint_dir=tmp_path, progress=False,
+        )  # fmt: skip
+    last = (stop - 1) // apart * apart
+    assert steps_of(tmp_path) == [last - apart, last]
+    assert caught.value.__notes__ == [
+        f"fit: {tmp_path} holds the checkpoint of step {last}, from which the same call continues."
+    ]
+
+
+def test_an_error_says_what_is_kept(tmp_path):
+    def evaluate(state):
+        raise OSError("no space")
+
+    for note in ("no checkpoint yet", "the checkpoint of step 3"):
+        with pytest.raises(OSError, match="no space") as caught:
+            kill_me.train(tmp_path, "plain", 6, evaluate=evaluate, evaluate_every=2 if note[0] == "n" else 5)
+        assert caught.value.__notes__ == [f"fit: {tmp_path} holds {note}, from which the same call continues."]
+    assert kill_me.words(kill_me.train(tmp_path, "plain", 6)) == kill_me.words(kill_me.train(None, "plain", 6))
+
+
+def test_a_run_that_saves_nothing_before_its_end_warns(tmp_path):
+    with pytest.warns(UserWarning, match=r"fit: checkpoint_every is 3, more than the 2 steps: nothing is saved") as all:
+        kill_me.train(tmp_path, "plain", 2)
+    assert all[0].filename == kill_me.__file__
+    kill_me.train(tmp_path, "plain", 2)  # with nothing left to do, nothing is lost
 
 
 @KINDS

@@ -38,6 +38,7 @@ ORDER = [
     "constraints",
     "mc",
     "_checkpoints",
+    "_step",
     "training",
 ]
 FUNCTIONS = {name: f for name, f in vars(dropjax).items() if inspect.isfunction(f)}

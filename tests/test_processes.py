@@ -1,5 +1,6 @@
 """Several processes: the masks of one, a process that is killed, and going on with another number of them."""
 
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 from dropjax.training import fit
 from examples import multi_process as example
+from tests import fit_me
 from tests.test_checkpoints import steps_of
 
 ARGS = example.parse(["--quiet", "--steps", "24", "--checkpoint-every", "4"])
@@ -108,17 +110,43 @@ def test_workers_do_not_outlive_their_parent():
     until(lambda: not any(map(lives, workers)))
 
 
-def test_the_checker_sees_the_devices_of_all_processes():
+def both(module, *args):
+    """The outputs of two processes with a device each, and another order of hashes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "-m", "tests.watch_me", port]
-    both = [subprocess.Popen([*command, i], stdout=subprocess.PIPE, text=True, env=environment) for i in "01"]
-    for process in both:
-        found = process.communicate(timeout=120)[0]
-        assert "all differ\n" in found
-        assert "drew the same mask: dropout on {'data': 0}, elements [0:2, 0:4], and dropout on {'data': 1}" in found
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *(str(a) + i for a in args), port, i],
+            stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONHASHSEED": i},
+        )
+        for i in "01"
+    ]  # fmt: skip
+    return [process.communicate(timeout=300)[0] for process in processes]
+
+
+def test_the_checker_sees_the_devices_of_all_processes():
+    for output in both("tests.watch_me"):
+        assert "all differ\n" in output
+        assert "drew the same mask: dropout on {'data': 0}, elements [0:2, 0:4], and dropout on {'data': 1}" in output
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_all_processes_give_optimizers_the_loss_of_the_whole_batch_and_run_one_program(tmp_path):
+    """To the letter, with the lines of the source; and where one fit follows another like it."""
+    one, other = (output.splitlines()[-1] for output in both("tests.fit_me", tmp_path / "programs"))
+    assert one == other
+    alone = [fit_me.train(*run) for run in fit_me.RUNS]
+    for got, want in zip(json.loads(one), alone, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    programs = [
+        [[path.read_text() for path in sorted((tmp_path / f"programs{i}" / run).glob("*jit_step*"))] for run in "0123"]
+        for i in "01"
+    ]
+    assert all(map(all, programs))
+    assert programs[0] == programs[1]
+    assert programs[0][3] == programs[0][2] != programs[0][1]
 
 
 @pytest.mark.parametrize("name", ["state", "data"])
