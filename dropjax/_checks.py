@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax.typing import ArrayLike
 
 MAX_INDEX = 2**32  # every index of an element is a 32-bit word
@@ -75,6 +75,20 @@ def is_array(value: Any) -> TypeGuard[Array]:
 def is_typed(key: Array) -> bool:
     """Whether a key is typed (`jax.random.key`) and not legacy (`jax.random.PRNGKey`)."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def is_symbolic(length: Any) -> bool:
+    """Whether a length is unknown while tracing, as in an export with symbolic shapes."""
+    return export.is_symbolic_dim(length)
+
+
+def known_length(function: str, dimension: str, length: Any) -> None:
+    """Raises where a length that decides the shape of a result, or of a part of it, is symbolic."""
+    if is_symbolic(length):
+        raise TypeError(
+            f"{function}: the length of {dimension} must be known while tracing, got {length}. Export with a number "
+            "there; other dimensions may be symbolic."
+        )
 
 
 def is_traced(value: Any) -> bool:
@@ -196,11 +210,12 @@ def broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...
 def shape(function: str, value: Any) -> tuple[int, ...]:
     """Returns a shape as a tuple of Python integers."""
     try:
-        lengths = tuple(operator.index(n) for n in ((value,) if hasattr(value, "__index__") else value))
+        given = (value,) if hasattr(value, "__index__") or is_symbolic(value) else value
+        lengths = tuple(n if is_symbolic(n) else operator.index(n) for n in given)
     except TypeError:
         remedy = " Pass its shape." if is_array(value) else ""
         raise TypeError(f"{function}: shape must be a tuple of integers, got {describe(value)}.{remedy}") from None
-    if any(n < 0 for n in lengths):
+    if any(n < 0 for n in lengths if not is_symbolic(n)):
         raise ValueError(f"{function}: shape must not be negative, got {lengths}.")
     return lengths
 

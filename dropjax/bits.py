@@ -65,6 +65,8 @@ def draw(
             f"{function}: generator must be 'mix' where start or sharded_dims is given, got 'threefry', whose "
             "masks depend on the whole shape."
         )
+    if generator == "threefry" and any(map(_checks.is_symbolic, shape[1:])):
+        raise ValueError(f"{function}: generator must be 'mix' for symbolic shapes {tuple(shape)}, got 'threefry'.")
     if generator == "threefry" and (_flag("jax_enable_x64") or not _flag("jax_threefry_partitionable")):
         raise ValueError(
             f"{function}: generator must be 'mix' under jax_enable_x64 or without jax_threefry_partitionable, got "
@@ -190,7 +192,7 @@ def words(draw: Draw, shape: tuple[int, ...]) -> Array:
     k0, k1 = _domain_words(draw)
     a, b = _row_words(k0, k1, leading)
     c, d = _column_words(k0, k1, column)
-    if c.size != 1 and column.shape[-1] >= _NARROW:
+    if c.size != 1 and (_checks.is_symbolic(column.shape[-1]) or column.shape[-1] >= _NARROW):
         a, b = _apart(a, b)
     if a.size != 1:
         c, d = _apart(c, d)
@@ -282,7 +284,7 @@ def linear_index(indices: Sequence[Array], shape: tuple[int, ...]) -> tuple[Arra
     for index, length in zip(reversed(indices), reversed(shape), strict=True):
         term = index * np.uint32(stride & 0xFFFFFFFF)
         low = low + term
-        if stride * length > 2**32:
+        if _checks.is_symbolic(length) or stride * length > 2**32:
             carry = (low < term).astype(jnp.uint32)
             whole = multiply_high(index, np.uint32(stride & 0xFFFFFFFF))
             high = high + carry + whole + index * np.uint32(stride >> 32)

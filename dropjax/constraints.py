@@ -1,5 +1,6 @@
 """Constraints on weights that go with dropout: the max-norm constraint, for optax and as a function."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,29 +58,36 @@ def max_norm(max_value: ArrayLike, *, axis: int | Sequence[int]) -> optax.Gradie
       networks from overfitting](https://jmlr.org/papers/v15/srivastava14a.html), 2014, section 5.1. Keras's MaxNorm.
     """
     _limit("max_norm", max_value, jnp.result_type(float))
+    return optax.GradientTransformation(_no_state, functools.partial(_update, max_value, axis))
 
-    def leaf(path: Any, update: Any, param: Any) -> Any:
-        if update is None or param is None:
-            return update
-        update, param = (_checks.array("max_norm", of, real=True) for of in (update, param))
-        dims = _checks.dims("max_norm", "axis", axis, param.ndim)
-        if len(dims) == param.ndim:
-            raise ValueError(
-                f"max_norm: axis must leave an axis of units, got {axis} for {jax.tree_util.keystr(path) or 'params'} "
-                f"of shape {param.shape}. Constrain kernels only, with optax.masked."
-            )
-        wide = max(masks.wide(param), masks.wide(update))
-        after = (param.astype(wide) + update.astype(wide)).astype(param.dtype)  # what optax.apply_updates gives
-        bounded = clip_norm(after, max_value, axis=dims)
-        change = (bounded.astype(wide) - param.astype(wide)).astype(update.dtype)
-        return jnp.where(bounded == after, update, change)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError(_NO_PARAMS)
-        return jax.tree_util.tree_map_with_path(leaf, updates, params, is_leaf=lambda of: of is None), state
+def _no_state(params: Any) -> optax.EmptyState:
+    return optax.EmptyState()
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+def _update(max_value: Any, axis: Any, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    if params is None:
+        raise ValueError(_NO_PARAMS)
+    leaf = functools.partial(_bounded, max_value, axis)
+    return jax.tree_util.tree_map_with_path(leaf, updates, params, is_leaf=lambda leaf: leaf is None), state
+
+
+def _bounded(max_value: Any, axis: Any, path: Any, update: Any, param: Any) -> Any:
+    """Returns the update of one parameter, changed where a unit's weights would pass the bound."""
+    if update is None or param is None:
+        return update
+    update, param = (_checks.array("max_norm", array, real=True) for array in (update, param))
+    dims = _checks.dims("max_norm", "axis", axis, param.ndim)
+    if len(dims) == param.ndim:
+        raise ValueError(
+            f"max_norm: axis must leave an axis of units, got {axis} for {jax.tree_util.keystr(path) or 'params'} "
+            f"of shape {param.shape}. Constrain kernels only, with optax.masked."
+        )
+    wide = max(masks.wide(param), masks.wide(update))
+    after = (param.astype(wide) + update.astype(wide)).astype(param.dtype)  # what optax.apply_updates gives
+    bounded = clip_norm(after, max_value, axis=dims)
+    change = (bounded.astype(wide) - param.astype(wide)).astype(update.dtype)
+    return jnp.where(bounded == after, update, change)
 
 
 def clip_norm(w: ArrayLike, max_value: ArrayLike, *, axis: int | Sequence[int]) -> Array:
@@ -135,11 +143,13 @@ def _limit(function: str, value: Any, dtype: Any) -> Array:
     array = jnp.asarray(value, dtype=float if number else None)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{function}: max_value must be a number or a float scalar, got {_checks.describe(value)}.")
-    if not _checks.is_traced(value) and not np.asarray(value) > 0:
+    if _checks.is_traced(value):
+        return masks.nan_unless(array > 0, array)
+    if not np.asarray(value) > 0:
         raise ValueError(f"{function}: max_value must be above 0, got {value}.")
-    if not _checks.is_traced(value) and np.asarray(value) < jnp.finfo(dtype).tiny:
+    if np.asarray(value) < jnp.finfo(dtype).tiny:
         raise ValueError(
             f"{function}: max_value must be at least {jnp.finfo(dtype).tiny}, the least normal number of "
             f"{np.dtype(dtype)}, got {value}."
         )
-    return jnp.where(array > 0, array, jnp.asarray(np.nan, array.dtype))
+    return array

@@ -154,6 +154,18 @@ def valid(rate: Rate) -> Any:
     return (number(rate) >= 0) & (number(rate) <= 1)
 
 
+def nan_unless(valid: Any, value: Any) -> Any:
+    """Returns the value where valid, elsewhere NaN; where valid is known it was checked, and the value is returned.
+
+    The NaN is 0 / 0 and no constant: `jax_debug_nans` reports every operation whose result has a NaN, also one that
+    is never selected.
+    """
+    if not isinstance(valid, Array):
+        return value
+    nan = np.float32(0) / valid.astype(np.float32)
+    return jnp.where(valid, value, nan.astype(value.dtype))
+
+
 def number(rate: Rate) -> Any:
     """The rate in float32, a NumPy number where it is fixed; it is not differentiated."""
     return np.float32(rate.value) if isinstance(rate, Fixed) else lax.stop_gradient(rate)
@@ -169,12 +181,12 @@ def keep_rate(rate: Rate, dtype: Any = np.float32) -> Any:
 
 
 def scale(rate: Rate, dtype: Any = np.float32) -> Any:
-    """1 / q; 0 at a rate of 1, where nothing is kept, and NaN where a traced rate is out of range."""
+    """1 / q; 1 at a rate of 1, where nothing is kept, and NaN where a traced rate is out of range."""
     q = keep_rate(rate, dtype)
     if isinstance(rate, Fixed):
-        return q if q == 0 else q.dtype.type(1) / q
-    inverse = reciprocal(jnp.where(q == 0, 1, q)) if q.dtype == jnp.float32 else 1 / jnp.where(q == 0, 1, q)
-    return jnp.where(valid(rate), jnp.where(q == 0, 0, inverse), np.nan)
+        return q.dtype.type(1) / q if q else q.dtype.type(1)
+    q = jnp.where(q == 0, 1, q)
+    return nan_unless(valid(rate), reciprocal(q) if q.dtype == jnp.float32 else 1 / q)
 
 
 def reciprocal(q: Array) -> Array:
@@ -201,14 +213,14 @@ def reciprocal(q: Array) -> Array:
 def apply(x: Array, kept: Array, rate: Rate, generator: str = "mix", *, rescale: bool = True) -> Array:
     """x / q (or x) where kept, 0 elsewhere; a true select, so that an infinity that is dropped is 0."""
     if not rescale:
-        scaled = x if isinstance(rate, Fixed) else jnp.where(valid(rate), x, jnp.asarray(np.nan, x.dtype))
+        scaled = nan_unless(valid(rate), x)
     elif generator == "threefry":
         scaled = _divided(x, rate)
     elif isinstance(rate, Fixed) and threshold(rate) == 0:
         scaled = x
     else:
-        scaled = widened(x, scale(rate, wide(x)))
-    nothing = 0 if isinstance(rate, Fixed) else jnp.where(valid(rate), 0, np.nan)
+        scaled, kept = widened(x, scale(rate, wide(x))), kept & (number(rate) != 1)
+    nothing = nan_unless(valid(rate), np.float32(0))
     # selected before it is rounded: XLA on CPU selects narrow floats by widening and rounding them again
     return jnp.where(kept, scaled, jnp.asarray(nothing, scaled.dtype)).astype(x.dtype)
 
@@ -218,7 +230,7 @@ def _divided(x: Array, rate: Rate) -> Array:
     if isinstance(rate, Fixed):
         return jnp.zeros_like(x) if rate.value == 1 else x / (1 - rate.value)
     kept = jnp.where(rate == 1, 1, 1 - number(rate))
-    return x / jnp.where(valid(rate), kept, np.nan).astype(x.dtype)
+    return x / nan_unless(valid(rate), kept).astype(x.dtype)
 
 
 def wide(x: Array) -> Any:

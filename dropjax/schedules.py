@@ -6,7 +6,9 @@ never recompiles: compute it inside the jitted step, `dropout(key, x, schedule(s
 float32, to the step up to 2^24.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def constant(rate: float) -> Schedule:
       0.5
     """
     _rate("constant", "rate", rate)
-    return lambda step: jnp.full(jnp.shape(step), rate, jnp.float32)
+    return _Formula(_constant, (rate,))
 
 
 def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
@@ -58,9 +60,7 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
       >>> [float(linear(0.0, 0.5, 4)(step)) for step in (0, 1, 4, 9)]
       [0.0, 0.125, 0.5, 0.5]
     """
-    progress = _progress("linear", start, end, steps, begin)
-    low, high = np.float32(min(start, end)), np.float32(max(start, end))
-    return lambda step: jnp.clip(np.float32(start) + np.float32(end - start) * progress(step), low, high)
+    return _Formula(_linear, _between("linear", start, end, steps, begin))
 
 
 def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
@@ -84,13 +84,7 @@ def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
       >>> [round(float(cosine(0.5, 0.0, 4)(step)), 4) for step in (0, 2, 4)]
       [0.5, 0.25, 0.0]
     """
-    progress = _progress("cosine", start, end, steps, begin)
-
-    def schedule(step: ArrayLike) -> Array:
-        rate = np.float32(end) + np.float32(start - end) * (1 + jnp.cos(np.float32(np.pi) * progress(step))) / 2
-        return jnp.clip(rate, np.float32(min(start, end)), np.float32(max(start, end)))
-
-    return schedule
+    return _Formula(_cosine, _between("cosine", start, end, steps, begin))
 
 
 def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
@@ -118,7 +112,7 @@ def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     _checks.integer("early", "steps", steps, 1)
     if decay:
         return linear(rate, 0.0, steps)
-    return lambda step: jnp.where(_count(step) < steps, np.float32(rate), np.float32(0))
+    return _Formula(_step, (rate, 0.0, steps))
 
 
 def late(rate: float, steps: int) -> Schedule:
@@ -143,7 +137,7 @@ def late(rate: float, steps: int) -> Schedule:
     """
     _rate("late", "rate", rate)
     _checks.integer("late", "steps", steps, 1)
-    return lambda step: jnp.where(_count(step) < steps, np.float32(0), np.float32(rate))
+    return _Formula(_step, (0.0, rate, steps))
 
 
 def curriculum(rate: float, gamma: float) -> Schedule:
@@ -171,7 +165,7 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     _rate("curriculum", "rate", rate)
     if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < np.inf:
         raise ValueError(f"curriculum: gamma must be a number above 0, got {_checks.describe(gamma)}.")
-    return lambda step: np.float32(rate) * -jnp.expm1(np.float32(-gamma) * _count(step))
+    return _Formula(_curriculum, (rate, gamma))
 
 
 def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> np.ndarray:
@@ -218,11 +212,50 @@ def _rate(function: str, argument: str, value: float) -> None:
     _checks.rate(function, value, (), argument=argument)
 
 
-def _progress(function: str, start: float, end: float, steps: int, begin: int) -> Schedule:
+def _between(function: str, start: float, end: float, steps: int, begin: int) -> tuple[float, float, int, int]:
+    """Returns the checked numbers of a change from one rate to another."""
     _rate(function, "start", start)
     _rate(function, "end", end)
-    length, first = _checks.integer(function, "steps", steps, 1), _checks.integer(function, "begin", begin, 0)
-    return lambda step: jnp.clip((_count(step) - np.float32(first)) / np.float32(length), 0, 1)
+    return start, end, _checks.integer(function, "steps", steps, 1), _checks.integer(function, "begin", begin, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Formula:
+    """A schedule as a value, which pickles, hashes and compares: a function of a step and of fixed numbers."""
+
+    function: Callable[..., Array]
+    numbers: tuple[Any, ...]
+
+    def __call__(self, step: ArrayLike) -> Array:
+        """Returns the rate at a step."""
+        return self.function(step, *self.numbers)
+
+
+def _constant(step: ArrayLike, rate: float) -> Array:
+    return jnp.full(jnp.shape(step), rate, jnp.float32)
+
+
+def _linear(step: ArrayLike, start: float, end: float, steps: int, begin: int) -> Array:
+    rate = np.float32(start) + np.float32(end - start) * _progress(step, steps, begin)
+    return jnp.clip(rate, np.float32(min(start, end)), np.float32(max(start, end)))
+
+
+def _cosine(step: ArrayLike, start: float, end: float, steps: int, begin: int) -> Array:
+    angle = np.float32(np.pi) * _progress(step, steps, begin)
+    rate = np.float32(end) + np.float32(start - end) * (1 + jnp.cos(angle)) / 2
+    return jnp.clip(rate, np.float32(min(start, end)), np.float32(max(start, end)))
+
+
+def _step(step: ArrayLike, before: float, after: float, steps: int) -> Array:
+    return jnp.where(_count(step) < steps, np.float32(before), np.float32(after))
+
+
+def _curriculum(step: ArrayLike, rate: float, gamma: float) -> Array:
+    return np.float32(rate) * -jnp.expm1(np.float32(-gamma) * _count(step))
+
+
+def _progress(step: ArrayLike, steps: int, begin: int) -> Array:
+    return jnp.clip((_count(step) - np.float32(begin)) / np.float32(steps), 0, 1)
 
 
 def _count(step: ArrayLike) -> Array:

@@ -70,7 +70,8 @@ def starts(function: str, value: Any, shape: tuple[int, ...]) -> dict[int, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{function}: start must be a mapping {{dim: index}}, got {_checks.describe(value)}.")
     _checks.dims(function, "the dimensions of start", tuple(value), len(shape))
-    found = {_checks.dim(function, "start", d, len(shape)): index for d, index in value.items()}
+    given = {d: jnp.asarray(index) if _checks.is_symbolic(index) else index for d, index in value.items()}
+    found = {_checks.dim(function, "start", d, len(shape)): index for d, index in given.items()}
     for d, index in found.items():
         integer = _checks.is_array(index) and jnp.issubdtype(index.dtype, jnp.integer) and index.shape == ()
         if not integer and (isinstance(index, bool) or not isinstance(index, int)):

@@ -108,7 +108,7 @@ def _standout(draw: bits.Draw, x: Array, logits: Array, alpha: Array, beta: Arra
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _masked(kept: Array, x: Array) -> Array:
     """x where 1, 0 where 0, NaN where 2; drawn once, since z may be rounded otherwise in the backward pass."""
-    return jnp.where(kept == 1, x, jnp.where(kept == 0, 0, np.nan).astype(x.dtype))
+    return masks.nan_unless(kept < 2, jnp.where(kept == 1, x, jnp.asarray(0, x.dtype)))
 
 
 def _keep(words: Array, z: Array) -> Array:
@@ -123,4 +123,5 @@ def _expectation(x: Array, logits: Array, alpha: Array, beta: Array) -> Array:
 
 
 def _affine(logits: Array, alpha: Array, beta: Array, dtype: Any) -> Array:
-    return alpha.astype(dtype) * logits.astype(dtype) + beta.astype(dtype)
+    largest = jnp.finfo(dtype).max  # of an infinite logit the sigmoid is 0 or 1, also of 0 times it, and flat
+    return alpha.astype(dtype) * jnp.clip(logits.astype(dtype), -largest, largest) + beta.astype(dtype)

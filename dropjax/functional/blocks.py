@@ -79,6 +79,8 @@ def drop_block(
     checked = _checks.rate("drop_block", rate, x.shape)
     space = _checks.places("drop_block", x.ndim, channel_axis, batch_axes)
     whole_blocks = _checks.flag("drop_block", "whole_blocks", whole_blocks)
+    for d in space if whole_blocks else ():
+        _checks.known_length("drop_block", f"dimension {d}, in which whole blocks lie,", x.shape[d])
     shared = (channel_axis % x.ndim,) if _checks.flag("drop_block", "shared_channels", shared_channels) else ()
     _checks.choice("drop_block", "normalize", normalize)
     _checks.whole("drop_block", checked, sorted([*space, *shared]), "all places that a block can cover")
@@ -168,10 +170,10 @@ def _drop_block(draw: bits.Draw, x: Array, rate: Rate, blocks: Blocks) -> Array:
     count = lax.psum(count, axes) if axes else count
     dtype = masks.wide(x)
     total = jnp.asarray(math.prod(kept.shape[d] for d in blocks.counted), dtype) * math.prod(map(lax.axis_size, axes))
-    factor = jnp.where(count > 0, total / jnp.maximum(count, 1).astype(dtype), 0)
-    nothing = jnp.where(masks.valid(rate), 0, np.nan).astype(dtype)
+    factor = total / jnp.maximum(count, 1).astype(dtype)
+    nothing = masks.nan_unless(masks.valid(rate), dtype.type(0))
     scaled = masks.widened(x, factor + nothing)
-    return jnp.where(kept, scaled, nothing.astype(scaled.dtype)).astype(x.dtype)
+    return jnp.where(kept, scaled, jnp.asarray(nothing, scaled.dtype)).astype(x.dtype)
 
 
 def _covered(draw: bits.Draw, shape: tuple[int, ...], rate: Rate, blocks: Blocks) -> Array:
@@ -194,7 +196,9 @@ def _covered(draw: bits.Draw, shape: tuple[int, ...], rate: Rate, blocks: Blocks
 
 
 def _packed(flags: Array, d: int) -> Array:
-    """Eight flags of a dimension to a byte: where XLA keeps a mask, it keeps a bit an element."""
+    """Eight flags of a dimension to a byte, one where its length is symbolic: where XLA keeps a mask, it keeps bits."""
+    if _checks.is_symbolic(flags.shape[d]):
+        return flags.astype(jnp.uint8)
     flags = _padded(flags, d, 0, -flags.shape[d] % 8)
     lanes = lax.broadcasted_iota(jnp.uint8, (8, *(1,) * (flags.ndim - 1 - d)), 0)
     flags = flags.reshape(*flags.shape[:d], flags.shape[d] // 8, 8, *flags.shape[d + 1 :])
@@ -203,6 +207,8 @@ def _packed(flags: Array, d: int) -> Array:
 
 def _unpacked(packed: Array, d: int, length: int) -> Array:
     """The flags that `_packed` packed."""
+    if _checks.is_symbolic(length):
+        return packed == 1
     lanes = lax.broadcasted_iota(jnp.uint8, (8, *(1,) * (packed.ndim - 1 - d)), 0)
     flags = (lax.expand_dims(packed, [d + 1]) >> lanes.reshape((1,) * (d + 1) + lanes.shape)) & np.uint8(1)
     flags = flags.reshape(*packed.shape[:d], packed.shape[d] * 8, *packed.shape[d + 1 :])
@@ -240,7 +246,7 @@ def _threshold(rate: Rate, covers: dict[int, int]) -> Any:
         return np.uint32(t)
 
     def digit(i: Any, t: Array) -> Array:
-        shift = (np.uint32(32 // _DIGIT - 1) - i.astype(jnp.uint32)) * np.uint32(_DIGIT)
+        shift = (np.uint32(32 // _DIGIT - 1) - jnp.uint32(i)) * np.uint32(_DIGIT)
         digits = lax.broadcasted_iota(jnp.uint32, (*(1,) * t.ndim, 2**_DIGIT - 1), t.ndim) + np.uint32(1)
         candidates = t[..., None] | (digits << shift)
         kept = jnp.broadcast_to(-candidates[..., None], (*candidates.shape, len(numbers)))

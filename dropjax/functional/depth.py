@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -153,10 +154,12 @@ def left_out(
         raise TypeError(f"{function}: x must hold a float or complex array, got {_shapes(x)}.")
     if isinstance(taken, int):
         return x if taken else _like(function, x, fn(*operands))
-    axes: list[Any] = []  # over which the results of all branches vary, as the first says, which is traced first
+    # The axes over which the results of all branches vary, as the first says, which is traced first. Where branches
+    # are not traced (jax.disable_jit) only one runs, and no types need to agree.
+    axes: list[Any] = []
 
     def typed(y: Any) -> Any:
-        return jax.tree.map(sharding.spread, y, axes[0])
+        return jax.tree.map(sharding.spread, y, axes[0]) if axes else y
 
     def run(*operands: Any) -> Any:
         y = _like(function, x, fn(*operands[:-1]))
@@ -171,7 +174,7 @@ def left_out(
         return typed(jax.tree.map(lambda a: masks.times(a, factor) if _is_inexact(a) else a, x))
 
     # Under vmap the last branch is computed, too, and differentiated, so that its NaN must depend on what is taken.
-    factor = jnp.where(taken == 2, jnp.float32(jnp.nan), jnp.float32(1))
+    factor = masks.nan_unless(taken < 2, np.float32(1))
     return switch(taken, [run, skip, poison], *operands, factor)
 
 

@@ -116,7 +116,7 @@ def variational_dropout_kl(log_alpha: ArrayLike, *, approximation: str = "sigmoi
 @functools.partial(jax.jit, static_argnums=1)
 def _kl(log_alpha: Array, approximation: str) -> Array:
     if approximation == "cubic":
-        a = jnp.where(log_alpha > 0, np.nan, jnp.exp(log_alpha))
+        a = masks.nan_unless(~(log_alpha > 0), jnp.exp(log_alpha))
         c1, c2, c3 = _CUBIC
         return (np.euler_gamma + np.log(2)) / 2 - log_alpha / 2 - a * (c1 + a * (c2 + a * c3))
     k1, k2, k3 = _SIGMOID

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -118,5 +117,5 @@ def gaussian_dropout(
 def _gaussian_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     r = masks.number(rate)
     good = (r >= 0) & (r < 1)
-    stddev = jnp.where(good, jnp.sqrt(jnp.where(good, r, 0) / jnp.where(good, 1 - r, 1)), np.nan)
+    stddev = masks.nan_unless(good, jnp.sqrt(jnp.where(good, r, 0) / jnp.where(good, 1 - r, 1)))
     return masks.times(x, 1 + stddev * masks.normal(draw, x.shape))

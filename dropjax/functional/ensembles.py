@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks, bits, sharding
+from dropjax.masks import nan_unless
 
 
 def masksembles_masks(key: Array, num_features: int, num_masks: int, scale: float) -> Array:
@@ -161,7 +162,7 @@ def masksembles(
     if known:
         return y
     good = _along(own.any(1, keepdims=True), x.ndim, batch, channel)
-    return jnp.where(good, y, jnp.asarray(np.nan, x.dtype))
+    return nan_unless(good, y)
 
 
 def _along(table: Array, rank: int, batch: int, channel: int) -> Array:

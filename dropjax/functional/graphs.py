@@ -135,12 +135,16 @@ def drop_node(
       augmentations](https://arxiv.org/abs/2010.13902), 2020. Feng et al., [Graph random neural networks for
       semi-supervised learning on graphs](https://arxiv.org/abs/2005.11079), 2020 (GRAND).
     """
-    count = None if _checks.is_array(nodes) and nodes.ndim else _checks.integer("drop_node", "nodes", nodes, 0)
+    count: Any = None
+    if _checks.is_symbolic(nodes):
+        count = nodes
+    elif not (_checks.is_array(nodes) and nodes.ndim):
+        count = _checks.integer("drop_node", "nodes", nodes, 0)
     known = _valid("drop_node", senders, valid)
     u = _nodes("drop_node", "senders", senders, known, below=count)
     v = _nodes("drop_node", "receivers", receivers, known, u.shape, below=count)
-    one = np.ones(np.shape(nodes), np.bool_)
-    asked = jnp.arange(count, dtype=jnp.uint32) if count is not None else _nodes("drop_node", "nodes", nodes, one)
+    every = np.ones((), np.bool_)
+    asked = jnp.arange(count, dtype=jnp.uint32) if count is not None else _nodes("drop_node", "nodes", nodes, every)
     checked = _rate("drop_node", rate, ())
     draw = bits.draw("drop_node", key, (asked, u, v, known, checked), u.shape, sharded_dims=sharded_dims)
     return _drop_node(draw, asked, u, v, known, checked)
@@ -229,9 +233,9 @@ def _rate(function: str, rate: Any, edges: tuple[int, ...]) -> Rate:
 
 
 def _valid(function: str, senders: Any, valid: Any) -> Any:
-    """Returns the mask of valid edges, all True where there is none."""
+    """Returns the mask of valid edges, one True for all where there is none."""
     if valid is None:
-        return np.ones(np.shape(senders), np.bool_)
+        return np.ones((), np.bool_)
     if not _checks.is_array(valid) or valid.dtype != jnp.bool_ or valid.shape != np.shape(senders):
         raise TypeError(
             f"{function}: valid must be a boolean array of the shape {np.shape(senders)} of senders, got "
@@ -261,7 +265,7 @@ def _nodes(
     known = not any(_checks.is_traced(v) or not getattr(v, "is_fully_addressable", True) for v in (value, valid))
     if known:
         found = np.asarray(value)[np.asarray(valid)]
-        limit = _checks.MAX_INDEX if below is None else below
+        limit = _checks.MAX_INDEX if below is None or _checks.is_symbolic(below) else below
         wrong = found[(found < 0) | (found >= limit)]
         if wrong.size:
             raise ValueError(

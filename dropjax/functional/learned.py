@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -72,10 +71,10 @@ def concrete_dropout(
 @functools.partial(masks.redrawn, prevent_cse=True)
 def _concrete_dropout(draw: bits.Draw, x: Array, rate_logit: Rate, temperature: Rate) -> Array:
     wide = masks.wide(x)
-    t = jnp.asarray(masks.number(temperature), wide)
+    t = masks.number(temperature).astype(wide)
     logit = jnp.clip(learned(rate_logit, wide), -1000, 1000)  # infinities, too, have a value and a slope
     noise = masks.uniform(draw, x.shape).astype(wide)  # 2 u - 1
-    z_logit = (logit + jnp.log1p(noise) - jnp.log1p(-noise)) / jnp.where((t > 0) & (t <= 1), t, np.nan)
+    z_logit = (logit + jnp.log1p(noise) - jnp.log1p(-noise)) / masks.nan_unless((t > 0) & (t <= 1), t)
     # log((1 - z) / (1 - p)), which neither underflows nor divides by 0
     return masks.times(x, jnp.exp(jax.nn.softplus(logit) - jax.nn.softplus(z_logit)))
 

@@ -1,11 +1,13 @@
 """What several draws of one function cost: their divergence, and samples of a head."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -17,12 +19,12 @@ class RDrop(NamedTuple):
     """Two draws of a function and how much they disagree."""
 
     logits: Array
-    """`[2, ...]`, in the dtype that the function returned: the task's loss is the mean over both."""
+    """`[2, ...]`, as the function returned them: the task's loss is the mean over both."""
     divergence: Array
     """`[...]` without the axis of classes, float32 at least: its mean times alpha is added to the loss."""
 
 
-def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop:
+def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1, logits: bool = True) -> RDrop:
     """Runs a stochastic function for two keys at once, and measures by how much its two predictions differ.
 
     loss = mean over both draws of the task's loss + alpha * mean of (KL(p1 || p2) + KL(p2 || p1)) / 2. Both draws are
@@ -30,9 +32,11 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop
     network in evaluation, has a divergence of exactly 0: no error, and no regularisation.
 
     Args:
-      fn: function of a key that returns logits, float `[..., classes]`.
+      fn: function of a key that returns logits, real float `[..., classes]`.
       key: one JAX key; it is consumed.
       axis: the axis of the classes in what fn returns.
+      logits: whether fn returns logits; False where it returns probabilities. Outside jit probabilities that are
+        taken for logits are a warning.
 
     Returns:
       `RDrop`: logits `[2, ...]` and their divergence `[...]`.
@@ -55,16 +59,18 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop
     if not callable(fn):
         raise TypeError(f"r_drop: fn must be a function of a key, got {_checks.describe(fn)}. Its order is fn, key.")
     keys = jax.random.split(_checks.key("r_drop", key))
-    logits = jax.vmap(fn)(keys)
-    if not _checks.is_array(logits) or not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim < 2:
-        found = _checks.describe(logits) if not _checks.is_array(logits) else _checks.describe(logits[0])
-        raise TypeError(f"r_drop: fn must return logits, a float array [..., classes], got {found}.")
-    axis = _checks.dim("r_drop", "axis", axis, logits.ndim - 1)
-    return RDrop(logits, _symmetric_kl(logits[0], logits[1], axis))
+    logits = _checks.flag("r_drop", "logits", logits)
+    outputs = jax.vmap(fn)(keys)
+    if not _checks.is_array(outputs) or not jnp.issubdtype(outputs.dtype, jnp.floating) or outputs.ndim < 2:
+        got = _checks.describe(outputs[0] if _checks.is_array(outputs) else outputs)
+        raise TypeError(f"r_drop: fn must return logits, a float array [..., classes], got {got}.")
+    axis = _checks.dim("r_drop", "axis", axis, outputs.ndim - 1)
+    _check_kind("r_drop", "fn must return", outputs, axis + 1, logits)
+    return RDrop(outputs, _symmetric_kl(outputs[0], outputs[1], axis, logits))
 
 
-def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) -> Array:
-    """Measures by how much two categorical distributions differ, from their logits.
+def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1, logits: bool = True) -> Array:
+    """Measures by how much two categorical distributions differ, from their logits or probabilities.
 
     (KL(p || q) + KL(q || p)) / 2 = sum over classes of (p - q) (log p - log q) / 2. No term is negative, in floating
     point, too, and equal logits give exactly 0, without cancellation near it. A class of logit -inf in both adds
@@ -74,9 +80,12 @@ def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) ->
       logits_p: real float `[..., classes]`.
       logits_q: real float `[..., classes]`, of the same shape.
       axis: the axis of the classes.
+      logits: whether both are logits; False where both are probabilities, which are divided by their sums. Outside
+        jit probabilities that are taken for logits are a warning.
 
     Returns:
-      float32, or float64 for such logits, `[...]`: at least 0.
+      float32, or float64 for such logits, `[...]`: at least 0. NaN where logits have no softmax, since one is NaN or
+      infinity or all are -infinity, and where a probability is NaN or negative.
 
     Raises:
       TypeError, ValueError: if an argument is not as said above.
@@ -96,12 +105,39 @@ def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) ->
             "symmetric_kl: logits_p and logits_q must be of one shape and dtype, got "
             f"{_checks.describe(p)} and {_checks.describe(q)}."
         )
-    return _symmetric_kl(p, q, _checks.dim("symmetric_kl", "axis", axis, p.ndim))
+    axis, logits = _checks.dim("symmetric_kl", "axis", axis, p.ndim), _checks.flag("symmetric_kl", "logits", logits)
+    for argument, values in {"logits_p": p, "logits_q": q}.items():
+        _check_kind("symmetric_kl", f"{argument} must be", values, axis, logits)
+    return _symmetric_kl(p, q, axis, logits)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _symmetric_kl(p: Array, q: Array, axis: int) -> Array:
-    p, q = (jax.nn.log_softmax(a.astype(masks.wide(a)), axis) for a in (p, q))
+def _check_kind(function: str, must: str, values: Array, axis: int, logits: bool) -> None:
+    """Warns of known logits that look like probabilities, and raises where known probabilities are none."""
+    if _checks.is_traced(values) or not values.is_fully_addressable or values.shape[axis] < 2 or not values.size:
+        return
+    known: Any = np.asarray(values).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        least, sums = known.min(), known.sum(axis)
+    slack = 1e-3 + float(jnp.finfo(values.dtype).eps)  # each may have been rounded to its dtype
+    if logits and least >= 0 and (np.abs(sums - 1) <= slack).all():
+        warnings.warn(
+            f"{function}: {must} logits, got values of at least 0 that sum to 1 over the classes, which look like "
+            "probabilities. For those pass logits=False.",
+            stacklevel=3,
+        )
+    if not logits and (least < 0 or (np.abs(sums - 1) > 0.01 + slack).any()):
+        raise ValueError(
+            f"{function}: {must} probabilities of at least 0 that sum to 1 over the classes, got values from "
+            f"{least:g} and sums from {sums.min():g} to {sums.max():g}. For logits leave logits=True."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _symmetric_kl(p: Array, q: Array, axis: int, logits: bool) -> Array:
+    p, q = (a.astype(masks.wide(a)) for a in (p, q))
+    if not logits:
+        p, q = (masks.nan_unless(a >= 0, jnp.where(a > 0, jnp.log(jnp.where(a > 0, a, 1)), -jnp.inf)) for a in (p, q))
+    p, q = (jax.nn.log_softmax(a, axis) for a in (p, q))
     infinite = (p == -jnp.inf) != (q == -jnp.inf)
     p, q = (jnp.where((p == -jnp.inf) | (q == -jnp.inf), 0, a) for a in (p, q))
     # (e^p - e^q) (p - q) = -e^p expm1(-d) d for d = p - q >= 0, and the same with p and q exchanged

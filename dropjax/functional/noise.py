@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -60,7 +58,7 @@ def gaussian_noise(
 @functools.partial(masks.redrawn, prevent_cse=True)
 def _gaussian_noise(draw: bits.Draw, x: Array, stddev: Rate) -> Array:
     s = masks.number(stddev)
-    noise = jnp.where(s >= 0, s, np.nan) * masks.normal(draw, x.shape)
+    noise = masks.nan_unless(s >= 0, s) * masks.normal(draw, x.shape)
     wide = masks.wide(x)
     return (x.astype(wide) + noise.astype(wide)).astype(x.dtype)
 
@@ -112,5 +110,5 @@ def uniform_dropout(
 
 @masks.redrawn
 def _uniform_dropout(draw: bits.Draw, x: Array, beta: Rate) -> Array:
-    b = jnp.where(masks.valid(beta), masks.number(beta), np.nan)
+    b = masks.nan_unless(masks.valid(beta), masks.number(beta))
     return masks.times(x, 1 + b * masks.uniform(draw, x.shape))

@@ -113,7 +113,7 @@ def _targeted_dropout(
     lowest = _lowest(magnitude, (unit,) if kind == "unit" else inputs, share)
     dropped = masks.apply(x, masks.keep(draw, x.shape, rate), rate, rescale=rescale)
     valid = masks.valid(rate) & masks.valid(share)
-    return jnp.where(lowest, dropped, jnp.where(valid, x, jnp.asarray(np.nan, x.dtype)))
+    return jnp.where(lowest, dropped, masks.nan_unless(valid, x))
 
 
 def _size(magnitude: Array, inputs: tuple[int, ...]) -> Array:
@@ -129,6 +129,6 @@ def _lowest(magnitude: Array, ranked: tuple[int, ...], share: Rate) -> Array:
     moved = jnp.moveaxis(magnitude, ranked, last)
     flat = moved.reshape(*moved.shape[: moved.ndim - len(ranked)], math.prod(moved.shape[d] for d in last))
     rank = jnp.argsort(jnp.argsort(flat, axis=-1, stable=True), axis=-1)
-    number = jnp.floor(masks.number(share) * np.float32(flat.shape[-1]) * np.float32(1 + 2**-22))
+    number = jnp.floor(masks.number(share) * jnp.asarray(flat.shape[-1], jnp.float32) * np.float32(1 + 2**-22))
     candidates = rank < jnp.where(masks.valid(share), number, 0).astype(rank.dtype)
     return jnp.moveaxis(candidates.reshape(moved.shape), last, ranked)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -122,7 +121,7 @@ def _alpha_dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     kept = masks.keep(draw, x.shape, rate)
     q = masks.keep_rate(rate)
     a = jnp.where(q == 0, 0, (jnp.where(q == 0, 1, q) * (1 + (1 - q) * ALPHA_PRIME**2)) ** -0.5)
-    a = jnp.where(masks.valid(rate), a, np.nan)
+    a = masks.nan_unless(masks.valid(rate), a)
     b = -a * ALPHA_PRIME * (1 - q)
     wide = masks.wide(x)
     return (jnp.where(kept, x.astype(wide), ALPHA_PRIME) * a.astype(wide) + b.astype(wide)).astype(x.dtype)

@@ -80,6 +80,7 @@ def token_dropout(
     axis = _checks.dim("token_dropout", "token_axis", token_axis, x.ndim)
     shared = _checks.places("token_dropout", x.ndim, token_axis, batch_axes, argument="token_axis")
     prefix = _checks.integer("token_dropout", "num_prefix_tokens", num_prefix_tokens, 0)
+    _checks.known_length("token_dropout", "token_axis", x.shape[axis])
     if prefix > x.shape[axis]:
         raise ValueError(f"token_dropout: num_prefix_tokens must be at most {x.shape[axis]}, got {prefix}.")
     keep = _length(rate, num_keep, x.shape[axis] - prefix)

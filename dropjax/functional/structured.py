@@ -84,7 +84,7 @@ def _of_rank(name: str, rank: int) -> Callable[..., Array]:
             )
         return spatial_dropout(key, x, rate, **options)
 
-    function.__name__ = name
+    function.__name__, function.__qualname__ = name, f"spatial_dropout_{rank - 2}d"
     return function
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -62,7 +61,7 @@ def local_reparametrization(
 @functools.partial(masks.redrawn, prevent_cse=True)
 def _local_reparametrization(draw: bits.Draw, mean: Array, variance: Rate) -> Array:
     v = learned(variance, masks.wide(mean))
-    stddev = jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1)), jnp.where(v == 0, 0, np.nan))
+    stddev = masks.nan_unless(v >= 0, jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1)), 0))
     return (mean.astype(v.dtype) + stddev * masks.normal(draw, mean.shape).astype(v.dtype)).astype(mean.dtype)
 
 
@@ -108,6 +107,7 @@ def variational_dense(
       trick](https://arxiv.org/abs/1506.02557), 2015, section 3.
     """
     x, means, log_alpha = _weights("variational_dense", x, kernel, "log_alpha", log_alpha)
+    log_alpha = jnp.where(means == 0, 0, log_alpha)  # an alpha that overflows has no effect on a weight of 0
     mean, variance = _moments(x, means, jnp.exp(log_alpha) * jnp.square(means))
     draw = bits.draw("variational_dense", key, (mean, variance), mean.shape, start=start, sharded_dims=sharded_dims)
     return _local_reparametrization(draw, mean, variance).astype(x.dtype)

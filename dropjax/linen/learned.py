@@ -117,7 +117,7 @@ class _Dense(Layer):
         deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
         x = variational.inputs(self._function.__name__, inputs)
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         first = f"initial_{self._noise}"
         given = (type(self).__name__, first, getattr(self, first), self.per, shape)
         noise = self.param(self._noise, lambda _: learned.noise(*given))
@@ -133,7 +133,7 @@ class _Dense(Layer):
             y = self._function(key, x, kernel, noise, start=start, sharded_dims=sharding.manual(self.sharded_dims))
         if not self.use_bias:
             return y
-        bias = self.param("bias", self.bias_init, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
 
 
