@@ -1,7 +1,9 @@
-"""What it takes in both frameworks to turn the dropout of a model on: what draws, and which masks may be shared."""
+"""Shared by `linen.mc_apply` and `nnx.mc_view`: which layers are stochastic, and how a batch can share one mask."""
 
-from collections.abc import Callable
-from typing import Any
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,138 @@ from dropjax import _checks, sharding
 MASKS = ("per_example", "shared")
 _RATES = ("rate", "stddev", "beta")  # names of what drops nothing at 0
 _AXES = ("channel_axis", "head_axis", "token_axis")
+_DROPS = re.compile(r"drop|stochastic_?depth", re.IGNORECASE)
+_told: set[tuple[str, str]] = set()
+
+
+class Draw(NamedTuple):
+    """One row of `mc_draws`: a layer that draws, or a module that has a dropout rate and does not draw."""
+
+    path: str
+    """Where the module stands in the model, its names joined by `/`; empty for the model itself."""
+    kind: str
+    """The name of its class; for attention weights, that of the module that calls Flax's attention."""
+    rate: Any
+    """Its rate (`stddev`, `beta`) if it is one number; else text: `traced`, `learned`, or dtype and shape."""
+    drawn: bool
+    """Whether it draws."""
+
+
+class Draws(tuple[Draw, ...]):
+    """The rows of `mc_draws` in the order of the call, those that do not draw last. It prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [(row.path or ".", row.kind, str(row.rate), "yes" if row.drawn else "NO") for row in self]
+        table = [("path", "kind", "rate", "draws"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+
+    __repr__ = __str__
+
+
+class Record:
+    """What one call of a model draws, and which modules with a dropout rate it meets."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[str, Draw] = {}
+        self.met: dict[str, Draw] = {}
+
+    def draw(self, path: str, kind: type, rate: Any) -> None:
+        """Notes a layer that draws."""
+        self.drawn.setdefault(path, Draw(path, kind.__name__, _shown(rate), True))
+
+    def meet(self, path: str, kind: type, rate: Any) -> None:
+        """Notes a module with a dropout rate, which may yet draw, itself or through a layer that it holds."""
+        if rate is not None:
+            self.met.setdefault(path, Draw(path, kind.__name__, _shown(rate), False))
+
+    def draws(self) -> Draws:
+        """The rows of `mc_draws`."""
+        return Draws([*self.drawn.values(), *self._missed()])
+
+    def missed(self) -> list[Draw]:
+        """The modules with a rate above 0 at or under which nothing drew."""
+        return [row for row in self._missed() if row.rate != 0]
+
+    def _missed(self) -> Iterator[Draw]:
+        for path, row in self.met.items():
+            if not any(path in ("", drew) or drew.startswith(f"{path}/") for drew in self.drawn):
+                yield row
+
+
+def not_yet_told(model: str, missed: Iterable[Draw]) -> list[Draw]:
+    """The rows that this function has not returned before, for this model."""
+    rows = [row for row in missed if (model, row.path) not in _told]
+    _told.update((model, row.path) for row in rows)
+    return rows
+
+
+def warn(function: str, rows: Iterable[Draw]) -> None:
+    """Warns of modules that have a rate above 0 and do not draw."""
+    if names := told(rows):
+        warnings.warn(f"{function}: the dropout of {names} stays off. {REMEDY}", stacklevel=3)
+
+
+REMEDY = (
+    "Drawn are Flax's Dropout, the layers of dropjax, and weights of Flax's attention functions. "
+    "Other dropout takes its key as in training; mc_draws lists what a call draws."
+)
+
+
+def none_drawn(function: str, missed: Iterable[Draw]) -> ValueError:
+    """The error of a model in which nothing draws."""
+    return ValueError(
+        f"{function}: module must have dropout of a rate above 0 that it calls, got {told(missed) or 'none'}. {REMEDY}"
+    )
+
+
+def no_key(function: str, kind: type) -> ValueError:
+    """The error of attention that a module calls inside a transformation of JAX."""
+    return ValueError(
+        f"{function}: attention must be called by {kind.__name__} itself, got a call inside a "
+        "transformation of JAX, such as jax.jit, which cannot take a key from the module. Use that of "
+        "Flax, such as nn.jit; or call the model as for training, if it passes a key to the function then."
+    )
+
+
+def told(rows: Iterable[Draw]) -> str:
+    """Names the modules of some rows."""
+    return ", ".join(f"{row.path or 'the model'} ({row.kind}, rate {row.rate})" for row in rows)
+
+
+def named_rate(kind: type, fields: Mapping[str, Any]) -> float | None:
+    """The dropout rate that a module of a third party names among its fields, if it does.
+
+    Args:
+      kind: its class.
+      fields: its attributes by name, as `vars` gives them: nothing of the module's own runs.
+
+    Returns:
+      The largest number in [0, 1] that is called a rate of dropout. None where there is none; or
+      where it is 0, unless the class calls itself a dropout.
+    """
+    is_dropout = any(_DROPS.search(base.__name__) for base in kind.__mro__)
+    names = r"^(p|rate|prob|probability)$" if is_dropout else r"^$"
+    rates = [
+        float(value)
+        for name, value in fields.items()
+        if _DROPS.search(name) or re.search(names, name)
+        if isinstance(value, float | np.floating) and 0 <= value <= 1
+    ]
+    return max((rate for rate in rates if rate or is_dropout), default=None)
+
+
+def rate_of(layer: Any) -> Any:
+    """The rate of a layer of dropjax or Flax; None where it is learned or given at the call."""
+    function = getattr(layer, "_function", None)
+    name = "rate" if function is None else sharding.fields(function)[0]
+    rate: Any = getattr(layer, name, None) if name in _RATES else None
+    return rate.get_value() if hasattr(rate, "get_value") else rate
 
 
 def draws(layer: Any) -> bool:
     """Whether a layer may draw at all: its rate is traced, learned or not 0."""
-    function = getattr(layer, "_function", None)
-    name = "rate" if function is None else sharding.fields(function)[0]
-    return name not in _RATES or not is_zero(getattr(layer, name, None))
+    return not is_zero(rate_of(layer))
 
 
 def is_zero(rate: Any) -> bool:
@@ -27,6 +154,17 @@ def is_zero(rate: Any) -> bool:
     if _checks.is_traced(rate) or not getattr(rate, "is_fully_addressable", True):
         return False
     return (isinstance(rate, int | float) or _checks.is_array(rate)) and bool((np.asarray(rate) == 0).all())
+
+
+def _shown(rate: Any) -> Any:
+    if rate is None:
+        return "learned"
+    if is_zero(rate):
+        return 0.0
+    if np.ndim(rate):
+        return _checks.describe(rate)
+    known = not _checks.is_traced(rate) and getattr(rate, "is_fully_addressable", True)
+    return float(rate) if known else "traced"
 
 
 def is_shared(layer: Any, inputs: Any) -> bool:
@@ -66,7 +204,7 @@ def of_rows(function: str, layer: Any, call: Callable[..., Any], inputs: Any, pl
                 f"{function}: masks must be 'per_example' where dimension 0 holds no examples, got 'shared' and "
                 f"{axis} 0 of {name}. For examples along dimension 0 change {axis}."
             )
-    cut = [d for d, _ in getattr(layer, "sharded_dims", None) or ()] + list(place.get("start") or ())
+    cut = [*(sharding.manual(getattr(layer, "sharded_dims", None)) or ()), *(place.get("start") or ())]
     if any(d in (0, -jnp.ndim(inputs)) for d in cut):
         raise ValueError(
             f"{function}: masks must be 'per_example' where dimension 0 is cut, got 'shared' and sharded_dims or start "

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import multihost_utils, xla_metadata
+from jax.experimental import multihost_utils
 
-from dropjax import _checks
+from dropjax import _checks, _tracing
 
 
 class Seen(NamedTuple):
@@ -28,7 +28,6 @@ class Seen(NamedTuple):
 
 
 seen: contextvars.ContextVar[list[Seen] | None] = contextvars.ContextVar("seen", default=None)
-_calls = itertools.count()
 
 
 def watched(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Seen]:
@@ -36,8 +35,7 @@ def watched(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     found: list[Seen] = []
     token = seen.set(found)
     try:
-        # The metadata enters the key of jit's cache, so that the function is traced with the witness in it.
-        with xla_metadata.set_xla_metadata(dropjax_watch=str(next(_calls))):
+        with _tracing.traced_as(object()):  # anew, with the witness in it
             jax.block_until_ready(fn(*args, **kwargs))
         jax.effects_barrier()
     finally:

@@ -25,11 +25,13 @@ PACKAGE = Path(dropjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_checks",
+    "_tracing",
     "_watch",
     "sharding",
     "bits",
     "masks",
     "functional",
+    "_flax_attention",
     "_drawing",
     "_layers",
     "linen",

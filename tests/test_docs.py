@@ -48,9 +48,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other library
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("library", ["haiku", "equinox"])
-def test_monte_carlo_through_another_library(library):
+@pytest.mark.parametrize("library", ["haiku", "equinox", "keras"])
+def test_monte_carlo_through_another_library(library, monkeypatch, tmp_path):
     """The block that needs the library runs after the first, and its summary is that of a loop."""
+    if "keras" not in sys.modules:
+        monkeypatch.setenv("KERAS_BACKEND", "jax")
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     pytest.importorskip(library)
     page = ROOT / "docs" / "monte_carlo.md"
     namespace = {}

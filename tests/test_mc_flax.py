@@ -13,6 +13,7 @@ import dropjax
 import dropjax.linen
 import dropjax.nnx
 from dropjax import mc
+from tests.test_sharding import mesh
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
 
@@ -195,6 +196,10 @@ def test_every_layer_draws(key, make, name):
                 np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape))
 
 
+def sharded(call):
+    return jax.shard_map(call, mesh=mesh(), in_specs=jax.P("data"), out_specs=jax.P("data"))(X)
+
+
 def test_shared_masks_need_a_batch(key):
     """Without one, or where vmap runs over it, features would share a mask."""
     x = jnp.ones(8)
@@ -207,9 +212,13 @@ def test_shared_masks_need_a_batch(key):
         lambda: jax.vmap(lambda x: linen.mc_apply(linen.DropPath(0.5), {}, key, x, masks="shared"))(X[0]),
         lambda: linen.mc_apply(linen.SpatialDropout(0.5, channel_axis=0), {}, key, X, masks="shared"),
         lambda: linen.mc_apply(attention, parameters, key, X[0], deterministic=True, masks="shared"),
-        lambda: linen.mc_apply(linen.Dropout(0.5, sharded_dims={0: "data"}), {}, key, X, masks="shared"),
+        lambda: sharded(
+            lambda x: linen.mc_apply(linen.Dropout(0.5, sharded_dims={0: "data"}), {}, key, x, masks="shared")
+        ),
         lambda: view(x),
-        lambda: dropjax.nnx.mc_view(dropjax.nnx.Dropout(0.5, sharded_dims={-3: "data"}), key, masks="shared")(X),
+        lambda: sharded(
+            lambda x: dropjax.nnx.mc_view(dropjax.nnx.Dropout(0.5, sharded_dims={-3: "data"}), key, masks="shared")(x)
+        ),
         lambda: dropjax.nnx.mc_view(heads, key, masks="shared")(X[0]),
     ]:
         with pytest.raises(ValueError, match="masks must be 'per_example' where"):

@@ -1,5 +1,6 @@
 """Our dropout in Flax models whose source stays as it is: a transformer with attention, a convolutional network."""
 
+import copy
 import pickle
 
 import flax.linen as nn
@@ -193,7 +194,54 @@ def test_nnx_model(make, shared, monkeypatch):
 def test_nnx_shared_modules_stay_shared():
     model = dropjax.nnx.replace_flax(NnxTransformer(True, nnx.Rngs(0)))
     assert model.shared is model.layers[1]
-    assert type(model.shared) is dropjax.nnx.Dropout
+    assert isinstance(model.shared, dropjax.nnx.Dropout)
+
+
+class Inherited(nnx.Dropout):
+    """Without a call of its own."""
+
+
+def test_nnx_layers_stay_those_of_flax():
+    """What looks for Flax's layers finds them, before and after copies, also in a view."""
+    model = NnxTransformer(True, nnx.Rngs(0))
+    model.inherited = Inherited(0.5, rngs=nnx.Rngs(1))
+    ours = dropjax.nnx.replace_flax(model)
+    assert ours is model
+    graph, state = nnx.split(ours)
+    copies = [ours, nnx.clone(ours), nnx.merge(graph, state), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)]
+    copies += [nnx.merge(pickle.loads(pickle.dumps(graph)), state)]
+    views = [dropjax.nnx.mc_view(one, jax.random.key(0)) for one in (ours, NnxTransformer(True, nnx.Rngs(0)))]
+    views += [pickle.loads(pickle.dumps(view)) for view in views]
+    for one in copies + views:
+        assert nnx.graphdef(one) == nnx.graphdef(nnx.clone(one))
+        assert isinstance(one.shared, nnx.Dropout)
+        assert isinstance(one.shared, dropjax.nnx.Dropout)
+        assert type(one.shared).__name__ == "Dropout"
+        assert isinstance(one.attention, nnx.MultiHeadAttention)
+        assert sum(isinstance(m, nnx.Dropout) for _, m in nnx.iter_modules(one)) == 1 + hasattr(one, "inherited")
+        one.set_attributes(nnx.Dropout, deterministic=True)
+        one.set_attributes(nnx.MultiHeadAttention, deterministic=True)
+        assert one.shared.deterministic
+        assert one.attention.deterministic
+    evaluated = nnx.view(NnxTransformer(True, nnx.Rngs(0)), deterministic=True)(SEQUENCES)
+    for one in copies:
+        assert isinstance(one.inherited, Inherited)
+        np.testing.assert_allclose(one(SEQUENCES), evaluated, rtol=1e-6)
+        np.testing.assert_array_equal(nnx.jit(lambda m: m(SEQUENCES))(one), one(SEQUENCES))
+    for view, again in zip(views[:2], views[2:], strict=True):
+        y = view(SEQUENCES)
+        assert (y != evaluated).any()
+        np.testing.assert_array_equal(again(SEQUENCES), y)
+
+
+class NnxDirect(nnx.Module):
+    """Calls Flax's attention function, as it was given."""
+
+    def __init__(self, attention_fn=nnx.dot_product_attention):
+        self.attention_fn = attention_fn
+
+    def __call__(self, *args, **options):
+        return self.attention_fn(*args, **options)
 
 
 def test_nnx_grouped_query_attention():
@@ -202,8 +250,9 @@ def test_nnx_grouped_query_attention():
     query, key, value = (jax.random.normal(k, (2, 5, h, 6)) for k, h in zip(keys, [4, 2, 2], strict=True))
     options = {"dropout_rng": jax.random.key(1), "dropout_rate": 0.5, "broadcast_dropout": False}
     expected = nnx.dot_product_attention(query, key, value, **options)
-    layer = dropjax.nnx.replace_flax(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), "threefry")
-    np.testing.assert_allclose(layer.attention_fn(query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+    same, ours = (dropjax.nnx.replace_flax(NnxDirect(), generator) for generator in ["threefry", "mix"])
+    np.testing.assert_allclose(same(query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(ours(query, key, value, **options) - expected).max() > 1e-3
 
 
 def test_flax_dropout_set_to_ours(monkeypatch):
@@ -219,17 +268,37 @@ def test_flax_dropout_set_to_ours(monkeypatch):
 
 
 def test_bad_calls():
-    with (
-        pytest.raises(ValueError, match="replace_flax: generator must be one of"),
-        dropjax.linen.replace_flax(Transformer()),
-    ):
-        pass
+    """Those of Linen are errors at the call, before the context is entered."""
+    for wrong in [Transformer(), nnx.Dropout(0.5), Transformer, len, None, 0.5]:
+        with pytest.raises(
+            TypeError, match=r"replace_flax: generator must be a string, .* takes no model: with replace"
+        ):
+            dropjax.linen.replace_flax(wrong)
+    with pytest.raises(ValueError, match="replace_flax: generator must be one of"):
+        dropjax.linen.replace_flax("rbg")
     with pytest.raises(ValueError, match="replace_flax: generator must be one of"):
         dropjax.nnx.replace_flax(nnx.Dropout(0.5), "rbg")
-    with pytest.raises(ValueError, match="replace_flax: model must contain Flax's Dropout or MultiHeadAttention"):
+    with pytest.raises(TypeError, match="replace_flax: generator must be a string, got int"):
+        dropjax.nnx.replace_flax(nnx.Dropout(0.5), 1)
+    for wrong in [Transformer(), nn.Dropout(0.5), "mix", nnx.Dropout]:
+        with pytest.raises(TypeError, match=r"model must be an nnx.Module, .* dropjax.linen.replace_flax\(\)"):
+            dropjax.nnx.replace_flax(wrong)
+    with pytest.raises(ValueError, match="replace_flax: model must contain Flax's Dropout, MultiHeadAttention or"):
         dropjax.nnx.replace_flax(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     layer = dropjax.nnx.replace_flax(nnx.Dropout(0.5))
     assert dropjax.nnx.replace_flax(layer) is layer  # again is no error
+
+
+def test_as_a_decorator():
+    layer = nn.Dropout(0.5, deterministic=False)
+
+    def run():
+        return layer.apply({}, SEQUENCES, rngs={"dropout": jax.random.key(1)})
+
+    theirs = run()
+    np.testing.assert_array_equal(dropjax.linen.replace_flax("threefry")(run)(), theirs)
+    assert (dropjax.linen.replace_flax()(run)() != theirs).any()
+    np.testing.assert_array_equal(run(), theirs)
 
 
 def test_inner_context_holds_and_jit_agrees():
@@ -264,8 +333,7 @@ def test_attention_functions_take_what_those_of_flax_take():
     with dropjax.linen.replace_flax():
         assert (run(jax.random.key(1)) != theirs).any()
     theirs = nnx.dot_product_attention(q, q, q + 1, None, None, True, jax.random.key(1), 0.5)
-    converted = dropjax.nnx.replace_flax(nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0)), "threefry").attention_fn
-    ours = converted(q, q, q + 1, None, None, True, jax.random.key(1), 0.5)
+    ours = dropjax.nnx.replace_flax(NnxDirect(), "threefry")(q, q, q + 1, None, None, True, jax.random.key(1), 0.5)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

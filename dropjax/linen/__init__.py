@@ -8,5 +8,7 @@ from dropjax.linen.calls import *  # noqa: F403  # all of its __all__, so that a
 from dropjax.linen.layers import *  # noqa: F403  # likewise
 from dropjax.linen.learned import *  # noqa: F403  # likewise
 from dropjax.linen.monte_carlo import mc_apply as mc_apply
+from dropjax.linen.monte_carlo import mc_draws as mc_draws
+from dropjax.linen.rates import with_rates as with_rates
 from dropjax.linen.replace import replace_flax as replace_flax
 from dropjax.linen.wrappers import *  # noqa: F403  # likewise

@@ -2,25 +2,24 @@
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+from flax import nnx
+from flax.nnx import bridge
 from jax import Array
-from jax.experimental import xla_metadata
+from jax.extend.core import get_opaque_trace_state
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from dropjax import _checks, _drawing, sharding
+from dropjax import _checks, _drawing, _flax_attention, sharding
 from dropjax.functional import elementwise
-from dropjax.linen import base, calls, layers, replace, wrappers
+from dropjax.linen import base, calls, learned, rates, replace, wrappers
 
 _OF_WEIGHTS = (wrappers.DropConnect, wrappers.DropConnectDense, wrappers.LayerDrop, wrappers.WeightDrop)
 """Layers whose examples share what is drawn anyway."""
-
-_SHAREABLE = (base.Bare.__call__, calls.TokenDropout.__call__, layers.EmbeddingDropout.__call__)
-"""Calls of layers whose examples may share a mask."""
-
-_calls = itertools.count()
+_UNSHARED = (calls.Standout, learned.SparseVariationalDense, learned.VariationalDense)
 
 
 def mc_apply(
@@ -35,139 +34,230 @@ def mc_apply(
 ) -> Any:
     """Applies a Linen model with its dropout on, whatever `deterministic` it was built or is called with.
 
-    Call the model as for evaluation (`train=False`, `deterministic=True`): then `BatchNorm` uses its running averages,
-    and nothing is written, since no collection is mutable. Drawn are `flax.linen.Dropout`, as `dropjax.dropout`;
-    the layers of `dropjax.linen`; and the dropout on attention weights where `attention_fn` is Flax's own. A layer
-    whose `rng_collection` is not in `rngs` draws from the stream `dropout`.
+    Call the model as for evaluation (`train=False`, `deterministic=True`): then `BatchNorm` uses
+    its running averages, and nothing is written unless `mutable` says so. Drawn are
+    `flax.linen.Dropout`, as `dropjax.dropout`; the layers of `dropjax.linen`; and the dropout on
+    attention weights where a module calls Flax's `dot_product_attention` or
+    `dot_product_attention_weights`, under whatever name. A layer whose `rng_collection` is not in
+    `rngs` draws from the stream `dropout`. There is a warning, once, of a module with a dropout
+    rate above 0 that is called and does not draw; `mc_draws` lists what does.
 
     Args:
       module: a Linen module.
       variables: its variables.
       key: one JAX key.
       args: the arguments of the call.
-      masks: `"per_example"`, or `"shared"`: one mask for all examples along dimension 0 of what each layer is given, so
-        that the outputs are those of one function, drawn from the posterior over functions. That dimension must be the
-        batch, so not under vmap over it. Standout and the variational dense layers have no masks to share.
+      masks: `"per_example"`, or `"shared"`: one mask for all examples along dimension 0 of what
+        each layer is given, so that the outputs are those of one function, drawn from the posterior
+        over functions. That dimension must be the batch, so not under vmap over it. Standout and
+        the variational dense layers have no masks to share.
       rngs: further streams, for layers that have one of their own.
       method: the method to call, as in `module.apply`.
-      kwargs: the keyword arguments of the call.
+      kwargs: the keyword arguments of the call, and `mutable` and `capture_intermediates` as in
+        `module.apply`.
 
     Returns:
       What the model returns.
 
     Raises:
-      TypeError, ValueError: if an argument is not as said above, or if no dropout of a rate above 0 was met.
+      TypeError, ValueError: if an argument is not as said above, or if no dropout of a rate above 0
+      was met.
 
     Example:
       >>> model = nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=True)])
       >>> x = jnp.ones((2, 3))
       >>> y = mc_apply(model, model.init(jax.random.key(0), x), jax.random.key(1), x)
     """
-    if masks not in _drawing.MASKS:
-        raise ValueError(f"mc_apply: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
+    _checks_of_masks("mc_apply", masks)
     key = _checks.key("mc_apply", key)
-    drawn: list[str] = []
-    inside: set[int] = set()  # layers whose call is that of their base
+    streams = {"dropout": key, **(rngs or {})}
+    apply = functools.partial(module.apply, variables, *args, rngs=streams, method=method, **kwargs)
+    result, record = _run(apply, masks, ("mc_apply", masks))
+    model = f"{type(module).__module__}.{type(module).__qualname__}"
+    suspects = _drawing.not_yet_told(model, record.missed())
+    if suspects or not record.drawn:
+        # What a jit inside the model has traced before is not met again: only a new trace sees all.
+        record = _traced(apply, masks)
+        if not record.drawn:
+            raise _drawing.none_drawn("mc_apply", record.missed())
+        _drawing.warn("mc_apply", set(suspects).intersection(record.missed()))
+    return result
 
-    def intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        of, shared = context.module, masks == "shared"
-        if context.method_name == "__call__" and type(of).__call__ is replace.FlaxDropout.__call__:
-            return _draw_flax(of, shared, drawn, *args, **kwargs)
-        if context.method_name == "__call__" and isinstance(of, (base.Bare, *_OF_WEIGHTS)) and id(of) not in inside:
-            return _draw(of, next_method, shared, drawn, inside, args, kwargs)
-        if getattr(of, "attention_fn", None) not in (nn.dot_product_attention, replace.attention):
+
+def mc_draws(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    masks: str = "per_example",
+    rngs: Mapping[str, Array] | None = None,
+    method: Any = None,
+    **kwargs: Any,
+) -> _drawing.Draws:
+    """Lists what `mc_apply` draws in a call of a Linen model, without running anything.
+
+    The call is traced, not computed. Listed are all layers that draw, and all modules with a
+    dropout rate that do not: layers of a kind of their own, layers with a rate of 0, attention with
+    an attention function of its own, modules of NNX inside `bridge.to_linen`. Modules of one
+    configuration under `nn.jit` are traced, and listed, once.
+
+    Args:
+      module: a Linen module.
+      variables: its variables; arrays here and in the call may be `jax.ShapeDtypeStruct`.
+      args: the arguments of the call, without a key.
+      masks: as in `mc_apply`.
+      rngs: as in `mc_apply`.
+      method: as in `mc_apply`.
+      kwargs: as in `mc_apply`.
+
+    Returns:
+      Rows `(path, kind, rate, drawn)`, a tuple that prints as a table.
+
+    Raises:
+      ValueError: if masks are not as said above.
+
+    Example:
+      >>> model = nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=True)])
+      >>> x = jnp.ones((2, 3))
+      >>> mc_draws(model, model.init(jax.random.key(0), x), x)
+      path      kind     rate  draws
+      layers_1  Dropout  0.5   yes
+    """
+    _checks_of_masks("mc_draws", masks)
+    leaves, structure = jax.tree.flatten((variables, args, kwargs))
+    given = {i: leaf for i, leaf in enumerate(leaves) if _checks.is_array(leaf)}
+
+    def apply(given: Mapping[int, Array], key: Array) -> None:
+        filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        variables, args, kwargs = jax.tree.unflatten(structure, filled)
+        module.apply(variables, *args, rngs={"dropout": key, **(rngs or {})}, method=method, **kwargs)
+
+    return _traced(apply, masks, given, jax.eval_shape(jax.random.key, 0)).draws()
+
+
+def _checks_of_masks(function: str, masks: str) -> None:
+    if masks not in _drawing.MASKS:
+        raise ValueError(f"{function}: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
+
+
+def _run(apply: Callable[[], Any], masks: str, way: Any) -> tuple[Any, _drawing.Record]:
+    run = _Run(masks == "shared")
+    with nn.intercept_methods(run.intercept), replace.drawing(run.attend, way):
+        return apply(), run.record
+
+
+def _traced(apply: Callable[..., Any], masks: str, *args: Any) -> _drawing.Record:
+    """What a call draws, looking into everything that is jitted in it."""
+    records: list[_drawing.Record] = []
+
+    def trace(*args: Any) -> None:
+        records.append(_run(lambda: apply(*args), masks, object())[1])
+
+    jax.eval_shape(trace, *args)
+    return records[0]
+
+
+class _Run:
+    """One call of a model with its dropout on."""
+
+    def __init__(self, shared: bool) -> None:
+        self.shared, self.record = shared, _drawing.Record()
+        self.inside: set[int] = set()  # layers whose call is that of their base
+        self.callers: list[tuple[nn.Module, Any]] = []  # modules that run now, and traces they run in
+
+    def intercept(self, next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module, called = context.module, context.method_name == "__call__"
+        if _flax_attention.handler.get() != self.attend:  # an inner context holds
             return next_method(*args, **kwargs)
-        own = of.attention_fn
-        draws = functools.wraps(nn.dot_product_attention)(functools.partial(_attend, of, shared, drawn))
-        object.__setattr__(of, "attention_fn", draws)  # Flax reads its signature
+        if replace.is_flax_dropout(context):
+            with rates.set_on(module):
+                return self._drop(module, *args, **kwargs)
+        if called and isinstance(module, (base.Bare, *_OF_WEIGHTS)) and id(module) not in self.inside:
+            call = inspect.signature(context.orig_method)
+            if "deterministic" in call.parameters:  # else a subclass, which calls that of its base or does not draw
+                with rates.set_on(module):
+                    return self._draw(module, next_method, call.bind(*args, **kwargs))
+        if called and id(module) not in self.inside:
+            self.record.meet(rates.path(module), type(module), _drawing.named_rate(type(module), vars(module)))
+        if isinstance(module, bridge.ToLinen):
+            self._meet_nnx(module, args)
+        self.callers.append((module, _trace_state()))
         try:
             return next_method(*args, **kwargs)
         finally:
-            object.__setattr__(of, "attention_fn", own)
+            self.callers.pop()
 
-    streams = {"dropout": key, **(rngs or {})}
-    # The metadata enters the key of jit's cache, so that what is jitted in the model is traced anew, in this context.
-    with nn.intercept_methods(intercept), xla_metadata.set_xla_metadata(dropjax_monte_carlo=str(next(_calls))):
-        result = module.apply(variables, *args, rngs=streams, method=method, **kwargs)
-    if not drawn:
-        raise ValueError(
-            "mc_apply: module must have dropout of a rate above 0 on the way of this call, got none. Dropout that is a "
-            "layer of its own kind, or plain code, takes its key as in training: use module.apply."
+    def attend(self, given: Mapping[str, Any]) -> _flax_attention.Drop | None:
+        """Dropout on attention weights in any case, by the module that calls the function."""
+        if not self.callers:
+            return None
+        module, trace = self.callers[-1]
+        rate = rates.set_for(module, given["dropout_rate"])
+        if _drawing.is_zero(rate):
+            return None
+        if self.shared:
+            _drawing.batched("mc_apply", type(module).__name__, given["query"], 4)
+        self.record.draw(rates.path(module), type(module), rate)
+        # What JAX has jitted may be used again, with a key that it closes over: there only an argument serves.
+        jitted = trace != _trace_state() and isinstance(given["query"] + 0, DynamicJaxprTracer)
+        key = given["dropout_rng"] if jitted else _key(module, "dropout")
+        if key is None:
+            raise _drawing.no_key("mc_apply", type(module))
+        return _flax_attention.Drop(key, rate, share_batch=self.shared)
+
+    def _drop(self, layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Array:
+        """What Flax's dropout returns, drawn in any case, as ours."""
+        if _drawing.is_zero(layer.rate):
+            self.record.meet(rates.path(layer), type(layer), 0.0)
+            return inputs
+        self.record.draw(rates.path(layer), type(layer), layer.rate)
+        key = _key(layer, layer.rng_collection)
+        draw = functools.partial(
+            _with_rate, elementwise.dropout, key, layer.rate, {"broadcast_dims": layer.broadcast_dims}
         )
-    return result
+        return _drawing.of_rows("mc_apply", layer, draw, inputs, {}) if self.shared else draw(inputs)
+
+    def _draw(self, layer: Any, next_method: Callable[..., Any], given: inspect.BoundArguments) -> Any:
+        """What a layer of dropjax returns, drawn in any case."""
+        draws = _drawing.draws(layer)
+        given.arguments |= {"deterministic": None, "rng": _key(layer, layer.rng_collection) if draws else None}
+        rate = _drawing.rate_of(layer)
+        (self.record.draw if draws else self.record.meet)(rates.path(layer), type(layer), rate)
+        if draws and self.shared and not isinstance(layer, _OF_WEIGHTS):
+            if isinstance(layer, _UNSHARED):
+                raise _drawing.unshared("mc_apply", layer)
+            if not _drawing.is_shared(layer, given.arguments["inputs"]):
+                return _draw_shared(layer, given)
+        own = layer.deterministic
+        object.__setattr__(layer, "deterministic", not draws)  # a bound module is frozen
+        self.inside.add(id(layer))
+        try:
+            return next_method(*given.args, **given.kwargs)
+        finally:
+            object.__setattr__(layer, "deterministic", own)
+            self.inside.remove(id(layer))
+
+    def _meet_nnx(self, module: nn.Module, args: tuple) -> None:
+        """Notes the dropout of a model of NNX, which the bridge hands to a method of its own once it has run."""
+        for model in args:
+            for path, inner in nnx.iter_modules(model) if isinstance(model, nnx.Module) else ():
+                names = "/".join(map(str, (*module.path, *path)))
+                self.record.meet(names, type(inner), _drawing.named_rate(type(inner), vars(inner)))
+
+
+def _trace_state() -> Any:
+    return get_opaque_trace_state(convention="flax")
 
 
 def _key(module: Any, collection: str) -> Array:
     return base.key_from_stream(module, collection if module.has_rng(collection) else "dropout")
 
 
-def _draw(
-    layer: Any,
-    next_method: Callable[..., Any],
-    shared: bool,
-    drawn: list[str],
-    inside: set[int],
-    args: tuple,
-    kwargs: dict,
-) -> Any:
-    """What a layer of dropjax returns, drawn in any case."""
-    call = inspect.signature(type(layer).__call__)
-    if "deterministic" not in call.parameters:  # a subclass, which calls that of its base or does not draw
-        return next_method(*args, **kwargs)
-    given = call.bind(layer, *args, **kwargs)
-    draws = _drawing.draws(layer)
-    given.arguments |= {"deterministic": None, "rng": _key(layer, layer.rng_collection) if draws else None}
-    if draws:
-        drawn.append(type(layer).__name__)
-        if shared and not isinstance(layer, _OF_WEIGHTS) and not _drawing.is_shared(layer, given.arguments["inputs"]):
-            if type(layer).__call__ not in _SHAREABLE:
-                raise _drawing.unshared("mc_apply", layer)
-            return _draw_shared(layer, layer._function, given)
-    own = layer.deterministic
-    object.__setattr__(layer, "deterministic", not draws)  # a bound module is frozen, as for attention
-    inside.add(id(layer))
-    try:
-        return next_method(*given.args[1:], **given.kwargs)
-    finally:
-        object.__setattr__(layer, "deterministic", own)
-        inside.remove(id(layer))
-
-
-def _draw_shared(layer: Any, function: Callable[..., Any], given: inspect.BoundArguments) -> Any:
-    rate, _ = sharding.fields(function)
-    fields = base.options_of(layer)
-    draw = functools.partial(_with_rate, function, given.arguments["rng"], getattr(layer, rate), fields)
-    return _drawing.of_rows("mc_apply", layer, draw, given.arguments["inputs"], dict(given.kwargs))
+def _draw_shared(layer: Any, given: inspect.BoundArguments) -> Any:
+    rate = getattr(layer, sharding.fields(layer._function)[0])
+    draw = functools.partial(_with_rate, layer._function, given.arguments["rng"], rate, base.options_of(layer))
+    place = {name: value for name, value in given.kwargs.items() if value is not None}
+    return _drawing.of_rows("mc_apply", layer, draw, given.arguments["inputs"], place)
 
 
 def _with_rate(function: Callable[..., Any], key: Array, rate: Any, fields: dict, inputs: Array, **place: Any) -> Any:
     return function(key, inputs, rate, **fields, **place)
-
-
-def _draw_flax(
-    layer: Any,
-    shared: bool,
-    drawn: list[str],
-    inputs: Any,
-    deterministic: bool | None = None,
-    rng: Array | None = None,
-) -> Array:
-    """What Flax's dropout returns, drawn in any case, as ours."""
-    if _drawing.is_zero(layer.rate):
-        return inputs
-    drawn.append(type(layer).__name__)
-    fields = {"broadcast_dims": layer.broadcast_dims}
-    key = _key(layer, layer.rng_collection)
-    draw = functools.partial(_with_rate, elementwise.dropout, key, layer.rate, fields)
-    return _drawing.of_rows("mc_apply", layer, draw, inputs, {}) if shared else draw(inputs)
-
-
-def _attend(module: Any, shared: bool, drawn: list[str], *args: Any, **options: Any) -> Array:
-    """Flax's attention with dropout on its weights in any case."""
-    if _drawing.is_zero(options.get("dropout_rate", 0.0)):
-        return nn.dot_product_attention(*args, **options)
-    if shared:
-        _drawing.batched("mc_apply", type(module).__name__, args[0], 4)
-    drawn.append(type(module).__name__)
-    key = _key(module, "dropout")
-    return replace.attention(*args, **{**options, "deterministic": False, "dropout_rng": key}, share_batch=shared)

@@ -1,119 +1,121 @@
 """Our dropout in Linen models whose source is not touched."""
 
 import contextlib
-import contextvars
-import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
+from flax.linen import attention
 from jax import Array
-from jax.experimental import xla_metadata
 
-from dropjax import _checks
+from dropjax import _checks, _flax_attention, _tracing
 from dropjax.functional import elementwise
-from dropjax.linen import base
+from dropjax.linen import base, rates
 
 FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
+_weights = attention.dot_product_attention_weights
+_call = inspect.unwrap(FlaxDropout.__call__)
 
 
-@contextlib.contextmanager
-def replace_flax(generator: str = "mix") -> Iterator[None]:
+def replace_flax(generator: str = "mix") -> contextlib.AbstractContextManager[None]:
     """Inside this context Flax's dropout is ours, in models whose source you do not touch.
 
-    Replaces `flax.linen.Dropout` and the dropout on the attention weights of modules whose `attention_fn`
-    is Flax's own, such as `MultiHeadDotProductAttention`. Layers with a dropout of their own, or with another
-    `attention_fn`, are left alone. Parameters, rng streams and checkpoints stay as they are. A jitted
-    function is traced anew inside the context, so none keeps the dropout that it was compiled with. The
-    context holds for the thread that enters it; within another one the inner generator holds.
+    Replaces `flax.linen.Dropout` and the dropout on attention weights wherever a model calls Flax's
+    `dot_product_attention` or `dot_product_attention_weights`, as `MultiHeadDotProductAttention`
+    does, under whatever name it imported them. Layers with a dropout of their own, or with another
+    attention function, are left alone. Parameters, rng streams and checkpoints stay as they are. A
+    jitted function is traced anew inside the context, so none keeps the dropout that it was
+    compiled with. The context holds for the thread that enters it; within another one the inner
+    generator holds.
 
     Args:
       generator: `"mix"`, or `"threefry"` for Flax's masks bit for bit.
+
+    Raises:
+      TypeError, ValueError: if the generator is not one of these. A model is not an argument.
 
     Example:
       >>> model = nn.Dropout(0.5, deterministic=False)
       >>> with replace_flax():
       ...   y = model.apply({}, jnp.ones((2, 3)), rngs={"dropout": jax.random.key(0)})
     """
-
+    if not isinstance(generator, str):
+        raise TypeError(
+            f"replace_flax: generator must be a string, got {type(generator).__name__}. It is a context and takes no "
+            "model: with replace_flax(): model.apply(...)."
+        )
     _checks.generator("replace_flax", generator)
+    return _replaced(generator)
 
-    token = _generator.set(generator)
+
+@contextlib.contextmanager
+def _replaced(generator: str) -> Iterator[None]:
+    run = _Replacing(generator)
+    with nn.intercept_methods(run.intercept), drawing(run.attend, ("replace_flax", generator)):
+        yield
+
+
+@contextlib.contextmanager
+def drawing(attend: Callable[[Mapping[str, Any]], _flax_attention.Drop | None], way: Any) -> Iterator[None]:
+    """Has attention drawn as `attend` decides, and what is jitted traced for this way."""
+    _flax_attention.install("linen", _weights)
+    token = _flax_attention.handler.set(attend)
     try:
-        # The metadata enters the key of jit's cache; nothing reads it.
-        with nn.intercept_methods(_intercept), xla_metadata.set_xla_metadata(dropjax_generator=generator):
+        with _tracing.traced_as(way):
             yield
     finally:
-        _generator.reset(token)
+        _flax_attention.handler.reset(token)
 
 
-_generator = contextvars.ContextVar("_generator", default="mix")
+def is_flax_dropout(context: Any) -> bool:
+    """Whether what is called is the dropout of Flax itself, also from a subclass by `super()`."""
+    return isinstance(context.module, FlaxDropout) and getattr(context.orig_method, "func", None) is _call
 
 
-def _intercept(next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    module = context.module
-    if isinstance(module, FlaxDropout) and type(module).__call__ is FlaxDropout.__call__:
-        if context.method_name != "__call__":
+class _Replacing:
+    """What one context does."""
+
+    def __init__(self, generator: str) -> None:
+        self.generator = generator
+        self.callers: list[tuple[nn.Module, list[Array]]] = []  # the modules that run now, and keys of their streams
+
+    def intercept(self, next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if _flax_attention.handler.get() != self.attend:  # an inner context holds
             return next_method(*args, **kwargs)
-        return _dropout(module, *args, **kwargs)
-    if getattr(module, "attention_fn", None) is not nn.dot_product_attention:
-        return next_method(*args, **kwargs)
-    # A bound module is frozen, and a copy would be another module: its function is swapped for this call.
-    object.__setattr__(module, "attention_fn", attention)
-    try:
-        return next_method(*args, **kwargs)
-    finally:
-        object.__setattr__(module, "attention_fn", nn.dot_product_attention)
+        if is_flax_dropout(context):
+            with rates.set_on(module):
+                return self._drop(module, *args, **kwargs)
+        if any(module is caller for caller, _ in self.callers):
+            return next_method(*args, **kwargs)
+        keys: list[Array] = []
 
+        def make_rng(name: str = "params") -> Array:
+            keys.append(type(module).make_rng(module, name))
+            return keys[-1]
 
-def _dropout(layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Any:
-    """What Flax's dropout returns, drawn by ours."""
-    generator = _generator.get()
-    key = base.key_of(layer, layer.rate, deterministic, rng, generator)
-    if key is None:
-        return inputs
-    return elementwise.dropout(key, inputs, layer.rate, broadcast_dims=layer.broadcast_dims, generator=generator)
+        object.__setattr__(module, "make_rng", make_rng)  # a bound module is frozen
+        self.callers.append((module, keys))
+        try:
+            return next_method(*args, **kwargs)
+        finally:
+            self.callers.pop()
+            object.__delattr__(module, "make_rng")
 
+    def _drop(self, layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Array:
+        key = base.key_of(layer, layer.rate, deterministic, rng, self.generator)
+        fields = {"broadcast_dims": layer.broadcast_dims, "generator": self.generator}
+        return inputs if key is None else elementwise.dropout(key, inputs, layer.rate, **fields)
 
-@functools.wraps(nn.dot_product_attention)
-def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None = None,
-    mask: Array | None = None,
-    broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
-    dropout_rate: float = 0.0,
-    deterministic: bool = False,
-    dtype: Any = None,
-    precision: Any = None,
-    module: Any = None,
-    *,
-    qk_attn_weights_einsum: Callable[..., Array] | None = None,
-    attn_weights_value_einsum: Callable[..., Array] | None = None,
-    share_batch: bool = False,
-    **options: Any,
-) -> Array:
-    """Flax's attention, whose dropout happens on the way into the product of weights and values."""
-    options |= {"dtype": dtype, "module": module}
-    if deterministic or dropout_rate == 0:
-        return nn.dot_product_attention(
-            query, key, value, bias, mask, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum,
-            attn_weights_value_einsum=attn_weights_value_einsum, precision=precision, **options,
-        )  # fmt: skip
-    plain = functools.partial(jnp.einsum, precision=precision)
-    product = attn_weights_value_einsum or plain
-
-    def drop_and_multiply(equation: str, weights: Array, values: Array) -> Array:
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else (0,) * share_batch
-        weights = elementwise.dropout(
-            dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=_generator.get()
-        )
-        return product(equation, weights, values)
-
-    return nn.dot_product_attention(
-        query, key, value, bias, mask, deterministic=True, qk_attn_weights_einsum=qk_attn_weights_einsum or plain,
-        attn_weights_value_einsum=drop_and_multiply, **options,
-    )  # fmt: skip
+    def attend(self, given: Mapping[str, Any]) -> _flax_attention.Drop | None:
+        """Our dropout where Flax drops, too; a key of the module's stream becomes that of its path."""
+        key, rate = given["dropout_rng"], given["dropout_rate"]
+        if given["deterministic"] or key is None:
+            return None
+        if self.callers:
+            rate = rates.set_for(self.callers[-1][0], rate)
+        makers = [module for module, keys in self.callers if any(key is own for own in keys)]
+        if makers and self.generator == "mix":
+            key = base.key_of_path(makers[-1], key)
+        return None if isinstance(rate, int | float) and rate == 0 else _flax_attention.Drop(key, rate, self.generator)

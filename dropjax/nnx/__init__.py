@@ -9,6 +9,7 @@ from dropjax.nnx.base import Rate as Rate
 from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.layers import *  # noqa: F403  # likewise
 from dropjax.nnx.learned import *  # noqa: F403  # likewise
+from dropjax.nnx.monte_carlo import mc_draws as mc_draws
 from dropjax.nnx.monte_carlo import mc_view as mc_view
 from dropjax.nnx.rates import set_rates as set_rates
 from dropjax.nnx.replace import replace_flax as replace_flax

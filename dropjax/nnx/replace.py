@@ -1,29 +1,27 @@
 """Our dropout in NNX models whose source is not touched."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.attention import dot_product_attention_weights
-from flax.nnx.nn.dtypes import promote_dtype
-from jax import Array
 
-from dropjax import _checks
-from dropjax.functional import elementwise
-from dropjax.nnx.base import FlaxDropout, Layer
-from dropjax.nnx.layers import Dropout
+from dropjax import _checks, _flax_attention
+from dropjax.nnx import stand_ins
+from dropjax.nnx.base import Stochastic
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
 def replace_flax(model: _Model, generator: str = "mix") -> _Model:
-    """Puts our dropout into an NNX model whose source you do not touch; changes and returns the model.
+    """Changes an NNX model in place, so that Flax's dropout in it is ours, and returns the same model.
 
-    Replaces every `flax.nnx.Dropout`, wherever it stands (also in lists and shared), and the dropout on
-    the attention weights of Flax's `MultiHeadAttention`. Subclasses of `Dropout`, modules with another
-    `attention_fn`, and what is ours already are left alone. Parameters and rng streams stay as they are.
+    Replaces every `flax.nnx.Dropout`, wherever it stands (also in lists and shared), also
+    subclasses that do not override `__call__`; and the dropout on attention weights in modules that
+    call Flax's `dot_product_attention` or `dot_product_attention_weights`, as `MultiHeadAttention`
+    does. They stay instances of their classes, so that `model.set_attributes(nnx.Dropout,
+    deterministic=True)` finds them. Layers with a dropout of their own, other attention functions,
+    modules of Linen, and what is ours already are left alone. Parameters and rng streams stay as
+    they are. To keep the model as it was, pass `nnx.clone(model)`.
 
     Args:
       model: an `nnx.Module`.
@@ -33,72 +31,45 @@ def replace_flax(model: _Model, generator: str = "mix") -> _Model:
       The same model.
 
     Raises:
-      ValueError: if the model contains nothing to replace.
+      TypeError, ValueError: if an argument is not as said above, or if the model contains nothing
+      to replace.
 
     Example:
+      >>> from dropjax.nnx import Dropout
       >>> layer = replace_flax(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
-      >>> type(layer) is Dropout
-      True
+      >>> isinstance(layer, Dropout), isinstance(layer, nnx.Dropout)
+      (True, True)
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"replace_flax: model must be an nnx.Module, got {_type(model)}. For a model of Linen use "
+            "the context dropjax.linen.replace_flax()."
+        )
+    if not isinstance(generator, str):
+        raise TypeError(f"replace_flax: generator must be a string, got {_type(generator)}.")
     _checks.generator("replace_flax", generator)
-    found = 0
-    for _, module in nnx.iter_modules(model):
-        attention = getattr(module, "attention_fn", None)
-        found += type(module) is FlaxDropout or isinstance(module, Layer)
-        found += isinstance(attention, Attention) or attention is nnx.dot_product_attention
-        if type(module) is FlaxDropout:  # changed in place, so that lists, dicts and shared references keep it
-            ours: Any = module
-            ours.__class__, ours.generator, ours.sharded_dims = Dropout, generator, None
-        elif attention is nnx.dot_product_attention:
-            setattr(module, "attention_fn", Attention(generator))  # noqa: B010  # not known to be an attention module
-    if not found:
-        raise ValueError("replace_flax: model must contain Flax's Dropout or MultiHeadAttention, got neither.")
+    modules = [module for _, module in nnx.iter_modules(model)]
+    flax = [module for module in modules if stand_ins.is_flax(module)]
+    attending = [module for module in modules if module not in flax and stand_ins.attends(module)]
+    if not flax and not attending and not any(isinstance(module, Stochastic) for module in modules):
+        raise ValueError(
+            "replace_flax: model must contain Flax's Dropout, MultiHeadAttention or a module that "
+            "calls Flax's attention, got none."
+        )
+    for module in flax:
+        stand_ins.replace(module, generator)
+    for module in attending:
+        stand_ins.attend_by(module, drop, generator, evaluate=False)
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Flax's attention with our dropout on its weights."""
+def drop(module: nnx.Module, generator: str, given: Mapping[str, Any]) -> _flax_attention.Drop | None:
+    """Our dropout on attention weights where Flax drops, too."""
+    key, rate = given["dropout_rng"], given["dropout_rate"]
+    if given["deterministic"] or key is None or (isinstance(rate, int | float) and rate == 0):
+        return None
+    return _flax_attention.Drop(key, rate, generator)
 
-    generator: str
-    share_batch: bool = False
 
-    def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        bias: Array | None = None,
-        mask: Array | None = None,
-        broadcast_dropout: bool = True,
-        dropout_rng: Any = None,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
-        promote_dtype: Callable[..., Any] = promote_dtype,
-        **options: Any,
-    ) -> Array:
-        """Takes what `nnx.dot_product_attention` takes."""
-        options |= {"precision": precision, "module": module, "deterministic": True}
-        if deterministic or dropout_rate == 0:
-            return nnx.dot_product_attention(
-                query,
-                key,
-                value,
-                bias,
-                mask,
-                dropout_rate=dropout_rate,
-                dtype=dtype,
-                promote_dtype=promote_dtype,
-                **options,
-            )
-        query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        weights = dot_product_attention_weights(query, key, bias, mask, dtype=query.dtype, **options)
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else (0,) * self.share_batch
-        weights = elementwise.dropout(
-            dropout_rng, weights, dropout_rate, broadcast_dims=shared, generator=self.generator
-        )
-        value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
-        return jnp.einsum("...hqk,...khd->...qhd", weights, value, precision=precision)
+def _type(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

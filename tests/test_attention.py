@@ -1,0 +1,241 @@
+"""Dropout on attention weights in models that call Flax's attention functions themselves, however they import them."""
+
+import functools
+import inspect
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.linen.attention import dot_product_attention_weights
+from flax.nnx.nn.attention import dot_product_attention_weights as nnx_weights
+
+import dropjax
+import dropjax.linen
+import dropjax.nnx
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2, 4)), jnp.float32)
+RATE = 0.5
+
+
+def applied(weights):
+    return jnp.einsum("...hqk,...khd->...qhd", weights, X)
+
+
+def in_a_helper(function, *args, **options):
+    return function(*args, **options)
+
+
+LINEN = {
+    "nn.dot_product_attention": lambda **o: nn.dot_product_attention(X, X, X, **o),
+    "nn.attention.dot_product_attention": lambda **o: nn.attention.dot_product_attention(X, X, value=X, **o),
+    "nn.attention.dot_product_attention_weights": lambda **o: applied(
+        nn.attention.dot_product_attention_weights(X, X, **o)
+    ),
+    "imported by name": lambda **o: applied(dot_product_attention_weights(X, X, **o)),
+    "by keyword": lambda **o: applied(dot_product_attention_weights(query=X, key=X, **o)),
+    "by position": lambda deterministic, dropout_rng, **o: applied(
+        dot_product_attention_weights(X, X, None, None, o["broadcast_dropout"], dropout_rng, RATE, deterministic)
+    ),
+    "in a partial": lambda **o: functools.partial(nn.dot_product_attention, X, X, X, dropout_rate=RATE)(**o),
+    "in a helper": lambda **o: in_a_helper(nn.dot_product_attention, X, X, X, **o),
+}
+NNX = {
+    "nnx.dot_product_attention": lambda **o: nnx.dot_product_attention(X, X, X, **o),
+    "nnx.nn.attention.dot_product_attention": lambda **o: nnx.nn.attention.dot_product_attention(X, X, value=X, **o),
+    "nnx.nn.attention.dot_product_attention_weights": lambda **o: applied(
+        nnx.nn.attention.dot_product_attention_weights(X, X, **o)
+    ),
+    "imported by name": lambda **o: applied(nnx_weights(X, X, **o)),
+    "by position": lambda deterministic, dropout_rng, **o: applied(
+        nnx_weights(X, X, None, None, o["broadcast_dropout"], dropout_rng, RATE, deterministic)
+    ),
+    "in a helper": lambda **o: in_a_helper(nnx.dot_product_attention, X, X, X, **o),
+}
+
+
+class Attending(nn.Module):
+    call: object
+
+    def __call__(self, deterministic=True):
+        rng = None if deterministic else self.make_rng("dropout")
+        return self.call(dropout_rate=RATE, deterministic=deterministic, dropout_rng=rng, broadcast_dropout=False)
+
+
+class Model(nn.Module):
+    call: object
+
+    @nn.compact
+    def __call__(self, deterministic=True):
+        return Attending(self.call, name="attention")(deterministic)
+
+
+class NnxAttending(nnx.Module):
+    def __init__(self, call, rngs):
+        self.call, self.rngs, self.deterministic = call, rngs.dropout.fork(), True
+
+    def __call__(self):
+        rng = None if self.deterministic else self.rngs()
+        return self.call(dropout_rate=RATE, deterministic=self.deterministic, dropout_rng=rng, broadcast_dropout=False)
+
+
+def expected(key, share_batch=False):
+    """Attention in NumPy's order, with dropjax's masks of a key."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", X / 2, X)
+    weights = jax.nn.softmax(scores)
+    return applied(dropjax.dropout(key, weights, RATE, broadcast_dims=(0,) * share_batch))
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_linen(key, name):
+    model, linen = Model(LINEN[name]), dropjax.linen
+    evaluated = model.apply({})
+    drawn = linen.mc_apply(model, {}, key)
+    one = linen.mc_apply(model, {}, key, masks="shared")
+    for y, share in [(drawn, False), (one, True)]:  # the key is that of the layer that calls the function
+        layer = Keyed().apply({}, rngs={"dropout": key})
+        np.testing.assert_allclose(y, expected(layer, share), rtol=1e-5, atol=1e-6)
+    train = lambda: model.apply({}, deterministic=False, rngs={"dropout": key})  # noqa: E731
+    theirs = train()
+    with linen.replace_flax("threefry"):
+        np.testing.assert_allclose(train(), theirs, rtol=1e-5, atol=1e-6)
+    with linen.replace_flax():
+        np.testing.assert_allclose(train(), drawn, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(model.apply({}), evaluated)
+    np.testing.assert_array_equal(train(), theirs)
+    np.testing.assert_array_equal(model.apply({}), evaluated)
+    assert linen.mc_draws(model, {}) == (("attention", "Attending", RATE, True),)
+
+
+class Keyed(nn.Module):
+    """Gives the key of a layer of dropjax at the path of the attention above."""
+
+    @nn.compact
+    def __call__(self):
+        class Key(nn.Module):
+            def __call__(self):
+                return dropjax.linen.base.key_from_stream(self, "dropout")
+
+        return Key(name="attention")()
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx(key, name):
+    model = NnxAttending(NNX[name], nnx.Rngs(0))
+    evaluated = model()
+    drawn = dropjax.nnx.mc_view(model, key)()
+    layer = jax.random.fold_in(jax.random.fold_in(key, 0), 0)  # the first stream's first key
+    np.testing.assert_allclose(drawn, expected(layer), rtol=1e-5, atol=1e-6)
+    one = dropjax.nnx.mc_view(model, key, masks="shared")()
+    np.testing.assert_allclose(one, expected(layer, share_batch=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(model(), evaluated)
+    model.set_attributes(deterministic=False)
+    theirs = nnx.clone(model)()
+    same = dropjax.nnx.replace_flax(nnx.clone(model), "threefry")()
+    np.testing.assert_allclose(same, theirs, rtol=1e-5, atol=1e-6)
+    ours = dropjax.nnx.replace_flax(nnx.clone(model))
+    np.testing.assert_allclose(nnx.clone(ours)(), expected(nnx.clone(model).rngs()), rtol=1e-5, atol=1e-6)
+    assert isinstance(ours, NnxAttending)
+    np.testing.assert_array_equal(nnx.clone(model)(), theirs)
+    assert dropjax.nnx.mc_draws(model) == (("", "NnxAttending", RATE, True),)
+
+
+def test_a_key_of_the_callers_own_stays_as_it_is(key):
+    """Only a key of the module's stream becomes that of its path."""
+    model = Attending(lambda **o: nn.dot_product_attention(X, X, X, **{**o, "dropout_rng": key}))
+    with dropjax.linen.replace_flax():
+        y = model.apply({}, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_allclose(y, expected(key), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [dot_product_attention_weights, nnx_weights])
+def test_the_functions_stay_what_they_are(key, function):
+    """Their identity, signature, values and errors, also where other threads call them."""
+    dropjax.linen.mc_apply(Model(LINEN["by keyword"]), {}, key)
+    dropjax.nnx.mc_view(NnxAttending(NNX["by position"], nnx.Rngs(0)), key)
+    module = inspect.getmodule(function)
+    assert module.dot_product_attention_weights is function
+    assert list(inspect.signature(function).parameters)[:6] == [
+        "query",
+        "key",
+        "bias",
+        "mask",
+        "broadcast_dropout",
+        "dropout_rng",
+    ]
+    assert inspect.signature(function).parameters["dropout_rate"].default == 0.0
+    assert function.__name__ == "dot_product_attention_weights"
+    assert "attention weights" in function.__doc__
+    np.testing.assert_allclose(jax.jit(function)(X, X).sum(-1), 1, rtol=1e-5)
+    with pytest.raises(TypeError, match=r"dot_product_attention_weights.*missing 1 required"):
+        function(X)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        function(X, X, rate=0.5)
+
+    plain, results = function(X, X), {}
+    with dropjax.linen.replace_flax():
+        thread = threading.Thread(
+            target=lambda: results.update(y=function(X, X, dropout_rng=key, dropout_rate=0.5, broadcast_dropout=False))
+        )
+        thread.start()
+        thread.join()
+    keep = jax.random.bernoulli(key, 0.5, plain.shape)  # Flax's own masks: the context is that of the other thread
+    np.testing.assert_allclose(results["y"], plain * keep * 2, rtol=1e-5)
+
+
+@jax.jit
+def jitted(key, deterministic):
+    return nn.dot_product_attention(
+        X, X, X, dropout_rng=key, dropout_rate=RATE, deterministic=deterministic is None, broadcast_dropout=False
+    )
+
+
+@jax.jit
+def nnx_jitted(key, deterministic):
+    return nnx.dot_product_attention(
+        X, X, X, dropout_rng=key, dropout_rate=RATE, deterministic=deterministic is None, broadcast_dropout=False
+    )
+
+
+class InJit(nn.Module):
+    train: bool = False
+
+    def __call__(self):
+        return jitted(self.make_rng("dropout"), 0) if self.train else jitted(None, None)
+
+
+class NnxInJit(nnx.Module):
+    def __init__(self, train):
+        self.train_, self.rngs = train, nnx.Rngs(0).dropout.fork()
+
+    def __call__(self):
+        return nnx_jitted(self.rngs(), 0) if self.train_ else nnx_jitted(None, None)
+
+
+def test_attention_in_a_function_that_jax_jits(key):
+    """A key that it closed over would be used again from the cache: there the key must be an argument."""
+    linen, nnx_model = dropjax.linen, dropjax.nnx
+    for _ in range(2):
+        jitted(None, None), nnx_jitted(None, None)
+        with pytest.raises(ValueError, match="mc_apply: attention must be called by InJit itself, got a call inside"):
+            linen.mc_apply(InJit(), {}, key)
+        with pytest.raises(ValueError, match="mc_view: attention must be called by NnxInJit itself, got a call inside"):
+            nnx_model.mc_view(NnxInJit(False), key)()
+    drawn = [linen.mc_apply(InJit(train=True), {}, jax.random.fold_in(key, i)) for i in (0, 1, 1)]
+    assert jnp.abs(drawn[0] - drawn[1]).max() > 1e-3
+    np.testing.assert_array_equal(drawn[1], drawn[2])
+    view = nnx_model.mc_view(NnxInJit(True), key)
+    assert jnp.abs(view() - view()).max() > 1e-3
+
+    class Mapped(nn.Module):
+        def __call__(self):
+            def attend(x):
+                return nn.dot_product_attention(x, x, x, dropout_rate=RATE, deterministic=True)
+
+            return jax.vmap(attend)(X)
+
+    np.testing.assert_allclose(linen.mc_apply(Mapped(), {}, key).shape, X.shape)
