@@ -128,7 +128,7 @@ class Checkpoints:
         warnings.warn(
             f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ "
             f"({type(error).__name__}: {str(error)[:200]}).",
-            stacklevel=5,
+            stacklevel=6,
         )
         aside = self._folder / "broken" / str(step)
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,12 +13,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
+
+__all__ = ["Schedule", "constant", "cosine", "curriculum", "depth", "early", "late", "linear"]
 
 Schedule = Callable[[ArrayLike], Array]
 """From a step to a rate, float32 `[]`; the step may be traced."""
 
 
+@_arguments.public
 def constant(rate: float) -> Schedule:
     """The same rate at every step.
 
@@ -39,6 +42,7 @@ def constant(rate: float) -> Schedule:
     return lambda step: jnp.full(jnp.shape(step), rate, jnp.float32)
 
 
+@_arguments.public
 def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     """From one rate to another on a straight line: start before `begin`, end from `begin + steps` on.
 
@@ -63,6 +67,7 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     return lambda step: jnp.clip(np.float32(start) + np.float32(end - start) * progress(step), low, high)
 
 
+@_arguments.public
 def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     """From one rate to another on half a cosine, slow at both ends.
 
@@ -93,6 +98,7 @@ def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     return schedule
 
 
+@_arguments.public
 def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     """Dropout in the first steps only, which helps networks that underfit.
 
@@ -121,6 +127,7 @@ def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     return lambda step: jnp.where(_count(step) < steps, np.float32(rate), np.float32(0))
 
 
+@_arguments.public
 def late(rate: float, steps: int) -> Schedule:
     """No dropout in the first steps, then a constant rate.
 
@@ -146,6 +153,7 @@ def late(rate: float, steps: int) -> Schedule:
     return lambda step: jnp.where(_count(step) < steps, np.float32(0), np.float32(rate))
 
 
+@_arguments.public
 def curriculum(rate: float, gamma: float) -> Schedule:
     """From no dropout towards a rate, exponentially: first the easy task, then the noisy one.
 
@@ -174,6 +182,7 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     return lambda step: np.float32(rate) * -jnp.expm1(np.float32(-gamma) * _count(step))
 
 
+@_arguments.public
 def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> np.ndarray:
     """The rate of each block of a deep network, from 0 in the first to `rate` in the last.
 

@@ -16,7 +16,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from dropjax import _checkpoints, _checks, _step
+from dropjax import _arguments, _checkpoints, _checks, _step
+
+__all__ = ["Fit", "fit"]
 
 _DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds out of the same seed
 
@@ -34,6 +36,7 @@ class Fit(NamedTuple):
     """What `evaluate` returned, with the number of steps done, also from before a restart."""
 
 
+@_arguments.public
 def fit(
     loss_fn: Callable[[Any, Any, Array], Any],
     state: Any,

@@ -10,10 +10,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
 
+@_arguments.public
 def concrete_dropout(
     key: Array,
     x: ArrayLike,
@@ -80,6 +81,7 @@ def _concrete_dropout(draw: bits.Draw, x: Array, rate_logit: Rate, temperature: 
     return masks.times(x, jnp.exp(jax.nn.softplus(logit) - jax.nn.softplus(z_logit)))
 
 
+@_arguments.public
 def variational_gaussian_dropout(
     key: Array,
     x: ArrayLike,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, masks, sharding
+from dropjax import _arguments, _checks, masks, sharding
 from dropjax.functional import elementwise
 
 
@@ -22,6 +22,7 @@ class RDrop(NamedTuple):
     """`[...]` without the axis of classes, float32 at least: its mean times alpha is added to the loss."""
 
 
+@_arguments.public
 def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop:
     """Runs a stochastic function for two keys at once, and measures by how much its two predictions differ.
 
@@ -53,7 +54,7 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop
       it over both, which changes the meaning of alpha; here the mean over the batch is the caller's.
     """
     if not callable(fn):
-        raise TypeError(f"r_drop: fn must be a function of a key, got {_checks.describe(fn)}. Its order is fn, key.")
+        raise TypeError(f"r_drop: fn must be a function of a key, got {_checks.describe(fn)}.")
     keys = jax.random.split(_checks.key("r_drop", key))
     logits = jax.vmap(fn)(keys)
     if not _checks.is_array(logits) or not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim < 2:
@@ -63,6 +64,7 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1) -> RDrop
     return RDrop(logits, _symmetric_kl(logits[0], logits[1], axis))
 
 
+@_arguments.public
 def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1) -> Array:
     """Measures by how much two categorical distributions differ, from their logits.
 
@@ -110,6 +112,7 @@ def _symmetric_kl(p: Array, q: Array, axis: int) -> Array:
     return jnp.where(infinite, jnp.inf, terms).sum(axis) / 2
 
 
+@_arguments.public
 def multi_sample_dropout(
     key: Array,
     fn: Callable[[Array], Any],
@@ -156,7 +159,7 @@ def multi_sample_dropout(
     """
     name = "multi_sample_dropout"
     if not callable(fn):
-        raise TypeError(f"{name}: fn must be a function of x, got {_checks.describe(fn)}. Its order is key, fn, x.")
+        raise TypeError(f"{name}: fn must be a function of x, got {_checks.describe(fn)}.")
     num_samples = _checks.integer(name, "num_samples", num_samples, 1)
     x = _checks.array(name, x)
     _checks.rate(name, rate, x.shape)

@@ -8,10 +8,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def gaussian_noise(
     key: Array,
     x: ArrayLike,
@@ -65,6 +66,7 @@ def _gaussian_noise(draw: bits.Draw, x: Array, stddev: Rate) -> Array:
     return (x.astype(wide) + noise.astype(wide)).astype(x.dtype)
 
 
+@_arguments.public
 def uniform_dropout(
     key: Array,
     x: ArrayLike,

@@ -10,7 +10,7 @@ import flax.linen as nn
 from jax import Array
 from jax.experimental import xla_metadata
 
-from dropjax import _checks, _drawing, sharding
+from dropjax import _arguments, _checks, _drawing, sharding
 from dropjax.functional import elementwise
 from dropjax.linen import base, calls, layers, replace, wrappers
 
@@ -23,6 +23,7 @@ _SHAREABLE = (base.Bare.__call__, calls.TokenDropout.__call__, layers.EmbeddingD
 _calls = itertools.count()
 
 
+@_arguments.public
 def mc_apply(
     module: nn.Module,
     variables: Mapping[str, Any],

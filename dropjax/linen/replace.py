@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import xla_metadata
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.functional import elementwise
 from dropjax.linen import base
 
 FlaxDropout = nn.Dropout  # Flax's own, also where somebody sets flax.linen.Dropout to ours
 
 
+@_arguments.public
 @contextlib.contextmanager
 def replace_flax(generator: str = "mix") -> Iterator[None]:
     """Inside this context Flax's dropout is ours, in models whose source you do not touch.

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import sampling, streaming
 from dropjax.mc.streaming import Moments
 
@@ -47,6 +47,7 @@ class _Sums(NamedTuple):
     invalid: Array
 
 
+@_arguments.public
 def classify(
     fn: Callable[[Array], Array],
     key: Array,
@@ -121,7 +122,7 @@ def classify(
 
     summary = passes.run(compute)
     if message := streaming.warn_of("classify", summary.invalid, "logits without a softmax (NaN or infinite)"):
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return summary
 
 

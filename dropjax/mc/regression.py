@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs, sampling, streaming
 from dropjax.mc.streaming import LogSum, Moments
 
@@ -50,6 +50,7 @@ class _Sums(NamedTuple):
     invalid: Array
 
 
+@_arguments.public
 def regress(
     fn: Callable[[Array], Any],
     key: Array,
@@ -165,7 +166,7 @@ def regress(
     if message := streaming.warn_of(
         "regress", summary.invalid, "what is not finite, or too large, or a variance that is not positive,"
     ):
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return summary
 
 

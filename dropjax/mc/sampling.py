@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import hoisting
 
 Draw = Callable[[Any, int], Any]
 """From the first sample's number and how many samples to their values, `[size, ...]`."""
 
 
+@_arguments.public
 def sample(
     fn: Callable[[Array], Any],
     key: Array,
@@ -164,7 +165,7 @@ def prepare(
         warnings.warn(
             f"{function}: fn ignores its key, so its {num_samples} samples are all the same. Is the model in "
             "evaluation mode, or does its dropout take keys from elsewhere?",
-            stacklevel=3,
+            stacklevel=4,
         )
     return Passes(key, num_samples, min(chunk_size, num_samples), program, consts, shapes, mesh, names)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs, scores
 
 _GRID = 65  # of log temperatures, for samples, whose likelihood may have several maxima
@@ -27,6 +27,7 @@ class FittedTemperature(NamedTuple):
     """Whether it is one of `bounds`, because the likelihood has no maximum between them; bool."""
 
 
+@_arguments.public
 def fit_temperature(
     logits: ArrayLike, labels: ArrayLike, *, bounds: tuple[float, float] = (0.01, 100.0)
 ) -> FittedTemperature:
@@ -75,7 +76,7 @@ def fit_temperature(
         warnings.warn(
             f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and the temperature is one of "
             "them: either all labels have the highest logit (then take more examples), or the logits tell nothing.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return FittedTemperature(temperature, at_bound)
 
@@ -144,6 +145,7 @@ def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array
     return _inputs.nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
 
 
+@_arguments.public
 def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
     """Divides logits by a temperature: the order of the classes stays, the confidence changes.
 

@@ -6,6 +6,10 @@ its piece (`start=`).
 """
 
 from dropjax.nnx.base import Rate as Rate
+from typing import TYPE_CHECKING
+
+from dropjax import _names
+from dropjax.nnx import calls, layers, learned, wrappers
 from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.layers import *  # noqa: F403  # likewise
 from dropjax.nnx.learned import *  # noqa: F403  # likewise
@@ -13,3 +17,12 @@ from dropjax.nnx.monte_carlo import mc_view as mc_view
 from dropjax.nnx.rates import set_rates as set_rates
 from dropjax.nnx.replace import replace_flax as replace_flax
 from dropjax.nnx.wrappers import *  # noqa: F403  # likewise
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = _names.lazy(__name__)
+
+__all__ = ["Rate", "mc_view", "replace_flax", "set_rates"]
+__all__ += calls.__all__
+__all__ += layers.__all__
+__all__ += learned.__all__
+__all__ += wrappers.__all__

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from dropjax import _checks, _drawing
+from dropjax import _arguments, _checks, _drawing
 from dropjax.nnx.base import FlaxDropout, Stochastic
 from dropjax.nnx.calls import Standout
 from dropjax.nnx.layers import Dropout
@@ -23,6 +23,7 @@ _OF_WEIGHTS = (DropConnect, LayerDrop, WeightDrop)
 """Layers whose examples share what is drawn anyway."""
 
 
+@_arguments.public
 def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model:
     """Returns a copy of an NNX model with its dropout on and everything else in evaluation.
 

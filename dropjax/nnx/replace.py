@@ -10,7 +10,7 @@ from flax.nnx.nn.attention import dot_product_attention_weights
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.functional import elementwise
 from dropjax.nnx.base import FlaxDropout, Layer
 from dropjax.nnx.layers import Dropout
@@ -18,6 +18,7 @@ from dropjax.nnx.layers import Dropout
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
+@_arguments.public
 def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     """Puts our dropout into an NNX model whose source you do not touch; changes and returns the model.
 
