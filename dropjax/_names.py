@@ -110,7 +110,6 @@ KEYWORDS = (
             "beta": "half the width of the noise",
             "log_alpha": "the logarithm of the noise's relative variance, p / (1 - p)",
             "initial_log_alpha": "the logarithm of the noise's relative variance, p / (1 - p), before training",
-            "logits": "the logits of keeping",
         },
     ),
     Keyword("keep_prob keep_rate", {"rate": f"{_DROPPING}, 1 - {{typed}}"}),
@@ -171,7 +170,7 @@ KEYWORDS = (
     Keyword("from_logits", {"logits": "whether predictions are logits"}),
     Keyword(
         "probs preds y_pred y_prob predictions outputs",
-        {"probabilities": "[n, classes]", "predictions": "[n, classes]", "logits": "[n, classes]", "mean": "[n]"},
+        {"probabilities": "[n, classes]", "predictions": "[n, classes]", "mean": "[n]"},
     ),
     Keyword("target targets y y_true label", {"labels": "of the true classes", "targets": "the true values"}),
     Keyword("loss", {"loss_fn": "a function of state, batch and key"}),
