@@ -67,15 +67,43 @@ def public(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-def _binding(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> TypeError | None:
-    """The error of arguments that a function does not take, or None if it takes them."""
-    signature, name = inspect.signature(function), function.__name__
+def layers(*exported: Any) -> None:
+    """Lets the errors of building and of calling layers of ours name the keywords that are meant."""
+    kinds = {kind for layer in exported if isinstance(layer, type) for kind in layer.__mro__}
+    for kind in (kind for kind in kinds if kind.__module__.startswith("dropjax.")):
+        for name in {"__init__", "__call__"} & vars(kind).keys():
+            if not hasattr(vars(kind)[name], "explained"):
+                setattr(kind, name, _method(vars(kind)[name]))
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(self, *args, **kwargs)
+        except TypeError:
+            if (better := _binding(function, (self, *args), kwargs, type(self).__name__)) is not None:
+                raise better from None
+            raise
+
+    call.explained = True  # type: ignore[attr-defined]  # functions take attributes
+    return call
+
+
+def _binding(
+    function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], layer: str | None = None
+) -> TypeError | None:
+    """The error of arguments that a function, or a layer's method, does not take, or None if it takes them."""
+    signature, name = inspect.signature(function), layer or function.__name__
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        if layer:
+            signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         named = [p.name for p in signature.parameters.values() if p.kind not in _VARIADIC]
-        open_ended = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
-        wrong = None if open_ended else _names.explain(name, kwargs, named)
+        if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):  # which may take them
+            kwargs = {keyword: value for keyword, value in kwargs.items() if _names.is_meant(keyword, named)}
+        wrong = _names.explain(name, kwargs, named)
         missing = re.fullmatch(r"missing a required .*argument: '(\w+)'", str(error))
         text = f"{missing[1]} must be given, got none" if missing else f"got {error}"
         return wrong or TypeError(f"{name}: {text}. {_order(signature)}")

@@ -291,8 +291,14 @@ def explain(name: str, keywords: Iterable[str], accepted: Collection[str]) -> Ty
     said = list(filter(None, (_meaning(keyword, "It" if one else keyword, accepted) for keyword in unknown)))
     if len(said) < len(unknown):
         said.append(f"The keywords are {', '.join(accepted) or 'none'}.")
-    what = f"an unexpected keyword {unknown[0]}" if one else f"unexpected keywords {', '.join(unknown)}"
-    return TypeError(f"{name}: got {what}. {' '.join(dict.fromkeys(said))}")
+    first, *others = map(repr, unknown)
+    what = f"{first} and {', '.join(others)}" if others else first
+    return TypeError(f"{name}: got an unexpected keyword argument {what}. {' '.join(dict.fromkeys(said))}")
+
+
+def is_meant(keyword: str, accepted: Collection[str]) -> bool:
+    """Whether a keyword is another library's for one of those that are accepted."""
+    return not _MEANT.get(keyword, {}).keys().isdisjoint(accepted)
 
 
 def _meaning(typed: str, subject: str, accepted: Collection[str]) -> str | None:

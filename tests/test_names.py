@@ -1,15 +1,18 @@
 """Names and keywords of other libraries raise errors that state ours; what is public is named in `__all__`."""
 
+import functools
 import importlib
 import inspect
 import pickle
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import dropjax
 import dropjax.linen
@@ -143,7 +146,7 @@ def test_every_keyword_of_other_libraries(function):
         with pytest.raises(TypeError) as caught:
             function(*args, **options, **{typed: 0.5})
         text = str(caught.value)
-        assert text.startswith(f"{function.__name__}: got an unexpected keyword {typed}. ")
+        assert text.startswith(f"{function.__name__}: got an unexpected keyword argument '{typed}'. ")
         assert any(f"It is {name} here, " in text for name in parameters) or text.endswith(
             ("do not call it.", "take what is returned.", "has the dtype of x.", "?", f"are {', '.join(parameters)}.")
         )
@@ -186,13 +189,78 @@ def test_keywords(function, typed, message):
         assert message in str(caught.value)
 
 
+LAYERS = [
+    pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+    for module in (dropjax.linen, dropjax.nnx)
+    for name in sorted(module.__all__)
+    if inspect.isclass(getattr(module, name)) and issubclass(getattr(module, name), nn.Module | nnx.Module)
+]
+BUILT = {  # what layers are built with, where that is not a rate
+    "DropConnectDense": (3, 0.5),
+    "Masksembles": (2, 2.0),
+    "TokenDropout": (0.5,),
+    "Standout": (),
+    "ConcreteDropout": (),
+    "VariationalGaussianDropout": (),
+    "VariationalDense": (3,),
+    "SparseVariationalDense": (3,),
+}
+
+
+def names_ours(error, layer, typed, accepted):
+    text = str(error.value)
+    assert text.startswith(f"{layer.__name__}: got an unexpected keyword argument '{typed}'. ")
+    return any(f"It is {name} here, " in text for name in accepted)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_keywords_that_layers_are_built_with(layer):
+    fields = inspect.signature(layer).parameters
+    for typed in TYPED:
+        if typed in fields or any(p.kind == p.VAR_KEYWORD for p in fields.values()):
+            continue
+        with pytest.raises(TypeError) as caught:
+            layer(**{typed: 0.5})
+        assert names_ours(caught, layer, typed, fields) or "." in str(caught.value)
+    for typed, ours in {"p": ("rate", "initial_rate", "stddev", "beta"), "is_training": ("deterministic",)}.items():
+        if any(name in fields for name in ours):
+            with pytest.raises(TypeError) as caught:
+                layer(**{typed: 0.5})
+            assert names_ours(caught, layer, typed, fields)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_keywords_that_layers_are_called_with(layer, deterministic):
+    """In training and in evaluation; wrappers hand their keywords to what they wrap."""
+    linen, name = layer.__module__.startswith("dropjax.linen"), layer.__name__
+    if name in ("LayerDrop", "WeightDrop"):
+        inner = nn.Dense(3) if linen else nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        built = layer(inner, 0.5, **({} if name == "LayerDrop" else {"names": "*kernel"}))
+    else:
+        sizes = BUILT.get(name, (0.5,))
+        own = name in ("DropConnectDense", "Masksembles", "VariationalDense", "SparseVariationalDense") and not linen
+        built = layer(*((3, *sizes) if own else sizes), **({"rngs": nnx.Rngs(0)} if own else {}))
+    inputs = (X, X) if name == "Standout" else (X,)
+    taken = inspect.signature(type(built).__call__).parameters
+    decided = {"deterministic": deterministic} if "deterministic" in taken else {}
+    decided |= {"rngs": KEY} if name in ("LayerDrop", "WeightDrop") and not linen else {}
+    for typed in ["training", "seed", "nonsense"]:
+        call = functools.partial(built.init, {"params": KEY, "dropout": KEY}) if linen else built
+        with pytest.raises(TypeError, match=typed) as caught:
+            call(*inputs, **decided, **{typed: 0.5})
+        if not any(p.kind == p.VAR_KEYWORD for p in taken.values()):
+            ours = {"training": "deterministic", "seed": "rng" if linen else "rngs"}.get(typed)
+            assert names_ours(caught, layer, typed, taken) == (ours in taken)
+
+
 def test_several_keywords():
     with pytest.raises(TypeError) as caught:
         dropjax.dropout(KEY, X, p=0.5, training=True, nonsense=3)
     assert str(caught.value) == (
-        "dropout: got unexpected keywords p, training, nonsense. p is rate here, the probability of dropping. There is "
-        "no flag: where nothing is to be dropped, do not call it. The keywords are key, x, rate, broadcast_dims, "
-        "generator, start, sharded_dims."
+        "dropout: got an unexpected keyword argument 'p' and 'training', 'nonsense'. p is rate here, the probability "
+        "of dropping. There is no flag: where nothing is to be dropped, do not call it. The keywords are key, x, rate, "
+        "broadcast_dims, generator, start, sharded_dims."
     )
 
 

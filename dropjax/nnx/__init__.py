@@ -8,7 +8,7 @@ its piece (`start=`).
 from dropjax.nnx.base import Rate as Rate
 from typing import TYPE_CHECKING
 
-from dropjax import _names
+from dropjax import _arguments, _names
 from dropjax.nnx import calls, layers, learned, wrappers
 from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.layers import *  # noqa: F403  # likewise
@@ -26,3 +26,5 @@ __all__ += calls.__all__
 __all__ += layers.__all__
 __all__ += learned.__all__
 __all__ += wrappers.__all__
+
+_arguments.layers(*map(globals().get, __all__))
