@@ -201,7 +201,7 @@ _PUBLIC = {
         variational_dropout_kl variational_gaussian_dropout weight_drop
     """,
     "dropjax.linen": f"{_LAYERS} mc_apply",
-    "dropjax.nnx": f"{_LAYERS} Masks mc_view",
+    "dropjax.nnx": f"{_LAYERS} Masks Rate mc_view set_rates",
     "dropjax.mc": """
         Classification Coverage Detection Explanation FittedTemperature Regression Reliability RiskCoverage brier
         calibration_error classify conformal_intervals conformal_residuals conformal_scores conformal_sets

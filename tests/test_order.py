@@ -99,6 +99,7 @@ CALLS = {
     linen.replace_flax: (("mix",), {}),
     dropjax_nnx.mc_view: ((MODEL, KEY), {}),
     dropjax_nnx.replace_flax: ((MODEL, "mix"), {}),
+    dropjax_nnx.set_rates: ((nnx.Sequential(dropjax_nnx.Dropout(0.5)), 0.5), {}),
     sharding.assert_masks_differ: ((draws, KEY), {}),
     constraints.clip_norm: ((X, 2.5), {"axis": 0}),
     constraints.max_norm: ((2.5,), {"axis": 0}),

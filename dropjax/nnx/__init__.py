@@ -5,11 +5,11 @@ call (`rngs=`), so that plain `jax.jit`, `jax.grad` and `lax.scan` need no mutab
 its piece (`start=`).
 """
 
-from dropjax.nnx.base import Rate as Rate
 from typing import TYPE_CHECKING
 
 from dropjax import _arguments, _names
 from dropjax.nnx import calls, layers, learned, wrappers
+from dropjax.nnx.base import Rate as Rate
 from dropjax.nnx.calls import *  # noqa: F403  # all of its __all__, so that a new layer is named there alone
 from dropjax.nnx.layers import *  # noqa: F403  # likewise
 from dropjax.nnx.learned import *  # noqa: F403  # likewise
