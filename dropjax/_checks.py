@@ -6,6 +6,8 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 import contextlib
 import dataclasses
 import operator
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -64,6 +66,14 @@ def describe(value: Any) -> str:
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     text = repr(value) if len(repr(value)) <= 60 else "a value"
     return text if type(value) in (int, float) else f"{text} ({type(value).__name__})"
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's that called dropjax."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith("dropjax."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def is_array(value: Any) -> TypeGuard[Array]:

@@ -326,3 +326,16 @@ def test_missing_and_extra_arguments():
         dropjax.dropout(KEY, X, 0.5, (0,))
     with pytest.raises(TypeError, match=r"is loss_fn, state, optimizer, data, and by keyword seed, steps."):
         dropjax.training.fit(lambda state, batch, key: 0.0, X)
+
+
+def test_warnings_point_at_the_line_of_the_call():
+    labels = np.array([0, 1, 1])
+    for call in [
+        lambda: mc.sample(lambda key: X, KEY, 2),
+        lambda: mc.classify(lambda key: X + jnp.inf * dropjax.dropout(key, X, 0.5), KEY, 2),
+        lambda: mc.regress(lambda key: X + jnp.inf * dropjax.dropout(key, X, 0.5), KEY, 2),
+        lambda: mc.fit_temperature(np.log(np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])), labels),
+    ]:
+        with pytest.warns(UserWarning, match=": ") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}

@@ -1,6 +1,5 @@
 """What a stochastic classifier says and does not know, streamed over the samples."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ def classify(
 
     summary = passes.run(compute)
     if message := streaming.warn_of("classify", summary.invalid, "logits without a softmax (NaN or infinite)"):
-        warnings.warn(message, stacklevel=3)
+        _checks.warn(message)
     return summary
 
 

@@ -1,6 +1,5 @@
 """What a stochastic regression says and does not know, streamed over the samples."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -166,7 +165,7 @@ def regress(
     if message := streaming.warn_of(
         "regress", summary.invalid, "what is not finite, or too large, or a variance that is not positive,"
     ):
-        warnings.warn(message, stacklevel=3)
+        _checks.warn(message)
     return summary
 
 

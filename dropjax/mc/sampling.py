@@ -1,6 +1,5 @@
 """Samples of a stochastic function, chunk by chunk, on one device or many."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -162,10 +161,9 @@ def prepare(
     program, consts, shapes = hoisting.part(fn, key)
     empty = not any(of.size for of in jax.tree.leaves(shapes))
     if num_samples > 1 and not empty and not any(program.varies):
-        warnings.warn(
+        _checks.warn(
             f"{function}: fn ignores its key, so its {num_samples} samples are all the same. Is the model in "
-            "evaluation mode, or does its dropout take keys from elsewhere?",
-            stacklevel=4,
+            "evaluation mode, or does its dropout take keys from elsewhere?"
         )
     return Passes(key, num_samples, min(chunk_size, num_samples), program, consts, shapes, mesh, names)
 

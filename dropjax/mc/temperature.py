@@ -1,6 +1,5 @@
 """Temperature scaling: rescales logits so that confidence matches accuracy."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,10 +72,9 @@ def fit_temperature(
             "probability above 0. If these are logs of probabilities, compute them as jax.nn.log_softmax."
         )
     if _inputs.is_known(at_bound) and bool(at_bound):
-        warnings.warn(
+        _checks.warn(
             f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and the temperature is one of "
-            "them: either all labels have the highest logit (then take more examples), or the logits tell nothing.",
-            stacklevel=3,
+            "them: either all labels have the highest logit (then take more examples), or the logits tell nothing."
         )
     return FittedTemperature(temperature, at_bound)
 
