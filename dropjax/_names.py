@@ -115,9 +115,10 @@ KEYWORDS = (
     Keyword("keep_prob keep_rate", {"rate": f"{_DROPPING}, 1 - {{typed}}"}),
     Keyword("std sigma stdev", {"stddev": "the standard deviation of the noise"}),
     Keyword(
-        "training train is_training deterministic",
+        "training train is_training",
         {"deterministic": "True in evaluation, the opposite of {typed}", "": _NO_FLAG},
     ),
+    Keyword("inference deterministic", {"deterministic": "True in evaluation", "": _NO_FLAG}),
     Keyword(
         "noise_shape",
         {
@@ -154,6 +155,7 @@ KEYWORDS = (
     Keyword("batch_dim batch_dims", {"batch_axis": "the dimension of the examples", "batch_axes": "those of examples"}),
     Keyword("input inputs x X", {"x": _ARRAY, "inputs": _ARRAY}),
     Keyword("kernel_size size", {"block_size": "the length of a block"}),
+    Keyword("couple_channels", {"shared_channels": "whether all channels of an example share a mask"}),
     Keyword("scale_by_keep rescale scale", {"scale": "whether what is kept is divided", "rescale": "the same"}),
     Keyword("edge_index", {"senders": "its first row; receivers is the second"}),
     Keyword("force_undirected", {"undirected": "whether both directions of an edge share a decision"}),
@@ -164,7 +166,7 @@ KEYWORDS = (
     ),
     Keyword("params", {"variables": "what model.init returned", "state": "what is trained"}),
     Keyword("function f forward", {"fn": "the function"}),
-    Keyword("n_samples samples num_mc_samples n T", {"num_samples": "how many samples"}),
+    Keyword("n_samples samples num_mc_samples num_passes passes iterations n T", {"num_samples": "how many samples"}),
     Keyword("batch_size", {"chunk_size": "how many samples are computed at a time", "data": "batches by step"}),
     Keyword("n_bins bins", {"num_bins": "how many bins"}),
     Keyword("from_logits", {"logits": "whether predictions are logits"}),
@@ -255,6 +257,9 @@ def missing(module: str, name: str) -> str | None:
     if homes:
         function = f", as a function dropjax.{snake}" if snake != name and snake in HOMES["dropjax"] else ""
         return f"{module} has no {name}: it is {' and '.join(homes)}{function}."
+    flax = module.replace("dropjax", "flax")
+    if flax != "flax" and hasattr(sys.modules.get(flax), name):
+        return f"{module} has no {name}: it is {flax}.{name}."
     known = [*HOMES.get(module, []), *_TYPED, *(name for names in HOMES.values() for name in names)]
     alike = {_plain(candidate): candidate for candidate in reversed(known)}
     if not (near := difflib.get_close_matches(_plain(name), alike, n=1, cutoff=0.8)):
