@@ -5,7 +5,6 @@ Nothing random needs saving: the key of a step is a function of (seed, step).
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,10 +119,9 @@ def fit(
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
     if checkpoints and checkpoint_every is not None and first < steps < every:
-        warnings.warn(
+        _checks.warn(
             f"fit: checkpoint_every is {every}, more than the {steps} steps: nothing is saved before the "
             "end. Leave it out for a checkpoint after each tenth of the run.",
-            stacklevel=2,
         )
     losses = np.concatenate([losses, np.zeros(steps - first)])
     root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)
