@@ -4,6 +4,9 @@ The functions are here; the layers are in `dropjax.linen` and `dropjax.nnx`, Mon
 `dropjax.mc`, the training loop in `dropjax.training`.
 """
 
+from typing import TYPE_CHECKING
+
+from dropjax import _names
 from dropjax.functional.adaptive import standout as standout
 from dropjax.functional.adaptive import standout_expectation as standout_expectation
 from dropjax.functional.blocks import drop_block as drop_block
@@ -43,5 +46,61 @@ from dropjax.functional.weights import drop_connect as drop_connect
 from dropjax.functional.weights import weight_drop as weight_drop
 from dropjax.masks import apply_mask as apply_mask
 from dropjax.masks import keep_mask as keep_mask
+
+if TYPE_CHECKING:
+    from dropjax import bits as bits
+    from dropjax import constraints as constraints
+    from dropjax import linen as linen
+    from dropjax import mc as mc
+    from dropjax import nnx as nnx
+    from dropjax import schedules as schedules
+    from dropjax import sharding as sharding
+    from dropjax import training as training
+else:
+    __getattr__, __dir__ = _names.lazy(
+        __name__, "bits", "constraints", "linen", "mc", "nnx", "schedules", "sharding", "training"
+    )
+
+__all__ = [
+    "alpha_dropout",
+    "apply_mask",
+    "concrete_dropout",
+    "concrete_dropout_kl",
+    "drop_block",
+    "drop_connect",
+    "drop_edge",
+    "drop_head",
+    "drop_node",
+    "drop_path",
+    "dropout",
+    "embedding_dropout",
+    "feature_alpha_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
+    "keep_mask",
+    "layer_drop",
+    "local_reparametrization",
+    "mask_feature",
+    "masksembles",
+    "masksembles_masks",
+    "masksembles_samples",
+    "multi_sample_dropout",
+    "r_drop",
+    "sparse_kernel",
+    "sparse_log_alpha",
+    "sparse_variational_dense",
+    "sparsity",
+    "spatial_dropout",
+    "standout",
+    "standout_expectation",
+    "symmetric_kl",
+    "targeted_dropout",
+    "token_dropout",
+    "uniform_dropout",
+    "variational_dense",
+    "variational_dropout_kl",
+    "variational_gaussian_dropout",
+    "weight_drop",
+]
 
 __version__ = "0.1.0"

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,10 +124,9 @@ class Checkpoints:
         return arrays, about
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        warnings.warn(
+        _checks.warn(
             f"fit: the checkpoint of step {step} in {self._folder} is broken and was moved to broken/ "
-            f"({type(error).__name__}: {str(error)[:200]}).",
-            stacklevel=5,
+            f"({type(error).__name__}: {str(error)[:200]})."
         )
         aside = self._folder / "broken" / str(step)
         shutil.rmtree(aside, ignore_errors=True)

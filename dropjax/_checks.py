@@ -6,6 +6,8 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 import contextlib
 import dataclasses
 import operator
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -16,7 +18,6 @@ from jax import Array, export
 from jax.typing import ArrayLike
 
 MAX_INDEX = 2**32  # every index of an element is a 32-bit word
-_ORDER = "The order of the arguments is key, x, rate."
 GENERATORS = ("mix", "threefry")
 _RANGES = {
     ("gaussian_dropout", "rate"): "[0, 1)",
@@ -67,6 +68,14 @@ def describe(value: Any) -> str:
     return text if type(value) in (int, float) else f"{text} ({type(value).__name__})"
 
 
+def warn(message: str) -> None:
+    """Warns at the line of the user's that called dropjax."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith("dropjax."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def is_array(value: Any) -> TypeGuard[Array]:
     """Whether the value is an array of JAX or NumPy, or a NumPy number, or stands for one when traced."""
     return isinstance(value, Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
@@ -102,8 +111,8 @@ def array(function: str, x: ArrayLike, *, real: bool = False, argument: str = "x
     numeric = is_array(x) and getattr(x.dtype, "kind", "") not in "OSUMm"
     typed = is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
     if typed or not (numeric or hasattr(x, "__jax_array__") or isinstance(x, complex | float | int)):
-        remedy = _ORDER if typed else "Convert it with jnp.asarray."
-        raise TypeError(f"{name} be a float or complex array, got {describe(x)}. {remedy}")
+        remedy = "" if typed else " Convert it with jnp.asarray."
+        raise TypeError(f"{name} be a float or complex array, got {describe(x)}.{remedy}")
     x = x if isinstance(x, Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -142,13 +151,12 @@ def rate(
             "Convert lists with jnp.asarray."
         )
     if is_array(value) and not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-        raise TypeError(f"{function}: {argument} must be a number or a float array, got {describe(value)}. {_ORDER}")
+        raise TypeError(f"{function}: {argument} must be a number or a float array, got {describe(value)}.")
+    rates = None if number else broadcasts(function, argument, jnp.asarray(value), shape)
     known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
     if known:
         _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
-    if number:
-        return Fixed(float(value))
-    return broadcasts(function, argument, jnp.asarray(value), shape).astype(jnp.float32)
+    return Fixed(float(value)) if rates is None else rates.astype(jnp.float32)
 
 
 def field(layer: str, function: str, argument: str, value: Any) -> None:
@@ -199,9 +207,9 @@ def broadcasts(function: str, argument: str, value: Array, shape: tuple[int, ...
     except ValueError:
         good = False
     if not good:
-        remedy = _ORDER if value.ndim > len(shape) else "Add axes of length 1 until it does."
+        remedy = "" if value.ndim > len(shape) else " Add axes of length 1 until it does."
         raise ValueError(
-            f"{function}: {argument} must broadcast against the shape {tuple(shape)} of x, got shape {value.shape}. "
+            f"{function}: {argument} must broadcast against the shape {tuple(shape)} of x, got shape {value.shape}."
             + remedy
         )
     return value.reshape((1,) * (len(shape) - value.ndim) + value.shape) if value.ndim else value
@@ -331,9 +339,9 @@ def key(function: str, value: Any) -> Array:
             f"{function}: key must be one key of 1, 2 or 4 words, got {describe(value)}. "
             "Make one with jax.random.key(0)."
         )
-    remedy = "Call the stream for a key, rngs.dropout()." if "Rng" in type(value).__name__ else ""
-    remedy = remedy or (_ORDER if is_array(value) else "Make one with jax.random.key(0).")
-    raise TypeError(f"{function}: key must be a JAX random key, got {describe(value)}. {remedy}")
+    remedy = "" if is_array(value) else " Make one with jax.random.key(0)."
+    remedy = " Call the stream for a key, rngs.dropout()." if "Rng" in type(value).__name__ else remedy
+    raise TypeError(f"{function}: key must be a JAX random key, got {describe(value)}.{remedy}")
 
 
 def of_all_processes(function: str, argument: str, value: Any, remedy: str) -> None:

@@ -1,7 +1,6 @@
 """Shared by `linen.mc_apply` and `nnx.mc_view`: which layers are stochastic, and how a batch can share one mask."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ def not_yet_told(model: str, missed: Iterable[Draw]) -> list[Draw]:
 def warn(function: str, rows: Iterable[Draw]) -> None:
     """Warns of modules that have a rate above 0 and do not draw."""
     if names := told(rows):
-        warnings.warn(f"{function}: the dropout of {names} stays off. {REMEDY}", stacklevel=3)
+        _checks.warn(f"{function}: the dropout of {names} stays off. {REMEDY}")
 
 
 REMEDY = (

@@ -19,7 +19,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, sharding
+from dropjax import _arguments, _checks, sharding
+
+__all__ = ["VERSION", "random_words", "threefry2x32"]
 
 VERSION = 2
 """Changes with any change of the words; `tests/test_bits.py` holds known answers."""
@@ -109,6 +111,7 @@ def _two_words(words: Array) -> Array:
     return jnp.stack(threefry2x32(words[0], words[1], words[2], words[3]))
 
 
+@_arguments.public
 def threefry2x32(key0: ArrayLike, key1: ArrayLike, x0: ArrayLike, x1: ArrayLike) -> tuple[Array, Array]:
     """Threefry-2x32 with 20 rounds, elementwise, in 32-bit add, xor and rotate.
 
@@ -135,6 +138,7 @@ def threefry2x32(key0: ArrayLike, key1: ArrayLike, x0: ArrayLike, x1: ArrayLike)
     return x0, x1
 
 
+@_arguments.public
 def random_words(
     key: Array,
     shape: int | Sequence[int],

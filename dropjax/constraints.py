@@ -11,7 +11,9 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, masks
+from dropjax import _arguments, _checks, masks
+
+__all__ = ["clip_norm", "max_norm"]
 
 _NO_PARAMS = (
     "You are using a transformation that requires the current value of parameters, but you are not passing `params` "
@@ -19,6 +21,7 @@ _NO_PARAMS = (
 )  # optax's own words, which it does not export
 
 
+@_arguments.public
 def max_norm(max_value: ArrayLike, *, axis: int | Sequence[int]) -> optax.GradientTransformation:
     """Changes updates so that each unit's weights have a norm of at most `max_value` once they are applied.
 
@@ -90,6 +93,7 @@ def _bounded(max_value: Any, axis: Any, path: Any, update: Any, param: Any) -> A
     return jnp.where(bounded == after, update, change)
 
 
+@_arguments.public
 def clip_norm(w: ArrayLike, max_value: ArrayLike, *, axis: int | Sequence[int]) -> Array:
     """Scales down each unit's weights whose norm exceeds `max_value`, to that norm.
 

@@ -15,12 +15,13 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, sharding
+from dropjax import _arguments, _checks, bits, sharding
 from dropjax._checks import Fixed, Rate
 
 _WORDS = 2**32
 
 
+@_arguments.public
 def keep_mask(
     key: Array,
     shape: int | Sequence[int],
@@ -71,6 +72,7 @@ def _keep_mask(draw: bits.Draw, rate: Rate, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(keep(draw, shape, rate), shape)
 
 
+@_arguments.public
 def apply_mask(x: ArrayLike, mask: ArrayLike, rate: ArrayLike) -> Array:
     """Zeroes x where the mask is False and scales the rest so that the expectation is x.
 

@@ -15,12 +15,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
+
+__all__ = ["Schedule", "constant", "cosine", "curriculum", "depth", "early", "late", "linear"]
 
 Schedule = Callable[[ArrayLike], Array]
 """From a step to a rate, float32 `[]`; the step may be traced."""
 
 
+@_arguments.public
 def constant(rate: float) -> Schedule:
     """The same rate at every step.
 
@@ -41,6 +44,7 @@ def constant(rate: float) -> Schedule:
     return _Formula(_constant, (rate,))
 
 
+@_arguments.public
 def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     """From one rate to another on a straight line: start before `begin`, end from `begin + steps` on.
 
@@ -63,6 +67,7 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     return _Formula(_linear, _between("linear", start, end, steps, begin))
 
 
+@_arguments.public
 def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     """From one rate to another on half a cosine, slow at both ends.
 
@@ -87,6 +92,7 @@ def cosine(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     return _Formula(_cosine, _between("cosine", start, end, steps, begin))
 
 
+@_arguments.public
 def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     """Dropout in the first steps only, which helps networks that underfit.
 
@@ -115,6 +121,7 @@ def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
     return _Formula(_step, (rate, 0.0, steps))
 
 
+@_arguments.public
 def late(rate: float, steps: int) -> Schedule:
     """No dropout in the first steps, then a constant rate.
 
@@ -140,6 +147,7 @@ def late(rate: float, steps: int) -> Schedule:
     return _Formula(_step, (0.0, rate, steps))
 
 
+@_arguments.public
 def curriculum(rate: float, gamma: float) -> Schedule:
     """From no dropout towards a rate, exponentially: first the easy task, then the noisy one.
 
@@ -168,6 +176,7 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     return _Formula(_curriculum, (rate, gamma))
 
 
+@_arguments.public
 def depth(rate: float, blocks: int | Sequence[int], *, mode: str = "linear") -> np.ndarray:
     """The rate of each block of a deep network, from 0 in the first to `rate` in the last.
 

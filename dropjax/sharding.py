@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, _watch
+from dropjax import _arguments, _checks, _watch
+
+__all__ = ["ShardedDims", "assert_masks_differ"]
 
 ShardedDims = Mapping[int | None, str | Sequence[str]]
 """`{dim: axis name or names}`, and `{None: names}` for copies that are meant to share their mask."""
@@ -101,6 +103,7 @@ def first(origin: Array | None, axes: tuple[str, ...], length: int) -> Array | N
     return offset if origin is None else origin + offset
 
 
+@_arguments.public
 def assert_masks_differ(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Runs a step function and raises where two shards draw the same mask and nobody said that they should.
 

@@ -5,7 +5,6 @@ Nothing random needs saving: the key of a step is a function of (seed, step).
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,9 @@ import numpy as np
 import optax
 from jax import Array
 
-from dropjax import _checkpoints, _checks, _step
+from dropjax import _arguments, _checkpoints, _checks, _step
+
+__all__ = ["Fit", "fit"]
 
 _DOMAIN = 0x74726169  # "trai": the keys of steps are no keys that a user folds out of the same seed
 
@@ -34,6 +35,7 @@ class Fit(NamedTuple):
     """What `evaluate` returned, with the number of steps done, also from before a restart."""
 
 
+@_arguments.public
 def fit(
     loss_fn: Callable[[Any, Any, Array], Any],
     state: Any,
@@ -117,10 +119,9 @@ def fit(
         if first > steps:
             raise ValueError(f"fit: steps must be at least {first}, as in checkpoint_dir, got {steps}.")
     if checkpoints and checkpoint_every is not None and first < steps < every:
-        warnings.warn(
+        _checks.warn(
             f"fit: checkpoint_every is {every}, more than the {steps} steps: nothing is saved before the "
             "end. Leave it out for a checkpoint after each tenth of the run.",
-            stacklevel=2,
         )
     losses = np.concatenate([losses, np.zeros(steps - first)])
     root = jax.random.fold_in(jax.random.key(seed), _DOMAIN)

@@ -4,7 +4,7 @@ Trains the network of mc_digits.py, then judges its probabilities, plain and wit
 after a temperature, selective prediction, detection of rotated digits, conformal sets, and how many samples it took.
 The temperature and the conformal threshold come from 450 held-out digits, all numbers from the other 449:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/judge_digits.py
 """
 

@@ -3,7 +3,7 @@
 Draws what each function of dropjax makes of a photograph (its pixels and patches), of a sentence (its words, features,
 attention heads and layers), of a weight matrix and of a graph, in one figure:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/mask_gallery.py
 """
 

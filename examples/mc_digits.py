@@ -4,7 +4,7 @@ A small convolutional network learns scikit-learn's 8x8 scans with dropout. At i
 the T passes are summarised. This compares them with the usual deterministic pass, on test digits and on digits
 unlike those of training, prints what it finds, good or bad, and draws it in one figure:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/mc_digits.py
 """
 

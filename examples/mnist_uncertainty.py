@@ -3,7 +3,7 @@
 Two networks of two hidden layers of 1,200 units learn MNIST, one without dropout and one with rate 0.5. Compared are
 the first, the second without dropout at the test, and the second with T passes whose dropout is on.
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/mnist_uncertainty.py                 # scikit-learn's 8x8 digits, a minute
     python examples/mnist_uncertainty.py --data DIR      # MNIST, its four IDX .gz files in DIR
 """

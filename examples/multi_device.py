@@ -4,7 +4,7 @@ Eight virtual CPU devices run one training step of a small transformer as a sing
 sequence and pipeline parallel, with parameters sharded (FSDP) and under pmap. This compares the masks that were
 drawn, the outputs and the gradients, prints checksums, and draws which device drew which part of a mask:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/multi_device.py
 """
 

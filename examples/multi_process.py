@@ -5,7 +5,7 @@ loss that knows nothing of it. Without --processes this tells the whole story: o
 of them is killed; four go on from the last checkpoint, and one process ends it. The masks of all steps must be those
 of one process to the bit, the parameters to the order in which float32 sums are taken:
 
-    pip install 'dropjax[train]'
+    pip install '.[train]'
     python examples/multi_process.py
     python examples/multi_process.py --processes 2 --kill-at 25
 """

@@ -3,7 +3,7 @@
 LeNet-300-100 starts with noise on each of its weights, and the noise is learned. A weight whose noise outgrows it is
 set to 0 at evaluation. After training hardly any are left, and the network is as good as it was:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/sparse_lenet.py                       # scikit-learn's 8x8 digits, which need no file
     python examples/sparse_lenet.py --data FOLDER         # MNIST: the four files *-ubyte.gz
 """

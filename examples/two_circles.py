@@ -5,7 +5,7 @@ regularization in Keras), which shows one run without and one with dropout, and 
 answer is over many seeds: dropout rates from 0 to 0.9, dropout on the input and the max-norm constraint, on the
 tutorial's data set and on one drawn anew for each seed. All networks train in one compiled program:
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/two_circles.py
 """
 

@@ -4,7 +4,7 @@ A network of one hidden layer of 50 units, with dropout before both weight layer
 and the observation precision are chosen on the last fifth of each training part, by the log likelihood of Monte Carlo
 dropout; then the network is trained again on the whole part. All splits and grid points train in one compiled program.
 
-    pip install 'dropjax[examples]'
+    pip install '.[examples]'
     python examples/uci_regression.py                                    # scikit-learn's diabetes, half a minute
     python examples/uci_regression.py --data DIR --set bostonHousing     # the sets with their splits, 4,000 epochs
 

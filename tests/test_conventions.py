@@ -25,6 +25,8 @@ PACKAGE = Path(dropjax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_checks",
+    "_names",
+    "_arguments",
     "_tracing",
     "_watch",
     "sharding",
@@ -121,12 +123,23 @@ def test_annotations(thing):
         assert signature.return_annotation is not signature.empty
 
 
+def lines_of_code(text):
+    """Lines that are not blank, a comment, or of a docstring."""
+    tree, lines = ast.parse(text), text.splitlines()
+    code = {i for i, line in enumerate(lines, 1) if line.strip() and not line.strip().startswith("#")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, node.end_lineno + 1))
+    return len(code)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.name))
 def test_files(path):
     text = path.read_text()
-    assert text.count("\n") <= 300 or path.name == "layers.py"  # a list, which every variant adds to
+    assert lines_of_code(text) <= 450
     assert "jax._src" not in text
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text)))
+    assert "warnings.warn(" not in text or path.stem == "_checks"  # which knows the line of the user's
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
     assert path.stem not in ("utils", "common", "helpers", "misc", "contrib")
 

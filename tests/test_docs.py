@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 import dropjax
+from dropjax import _names
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["dropjax", *sorted(m.name for m in pkgutil.walk_packages(dropjax.__path__, "dropjax."))]
@@ -84,6 +85,30 @@ def test_every_variant_has_a_row_with_code():
     code = code_column(ROOT / "docs" / "variants.md")
     called = {cell.partition("(")[0] for cell in code}
     assert {n for n, f in vars(dropjax).items() if inspect.isfunction(f)} - {"keep_mask", "apply_mask"} <= called
+
+
+def tables_of_names():
+    """The tables of `dropjax._names` as docs/flax.md shows them."""
+    names = ["| typed | library | function | layer | |", "|---|---|---|---|---|"]
+    for row in _names.NAMES:
+        function, layer = f"`dropjax.{row.function}`", f"`{row.layer}`" if row.layer else ""
+        names.append(f"| {words(row.typed)} | {row.library} | {function} | {layer} | {row.remark} |".replace("  ", " "))
+    keywords = ["| keyword | here |", "|---|---|"]
+    for row in _names.KEYWORDS:
+        typed = row.typed.split()[0]
+        here = "; ".join(f"`{ours}`: {meaning.format(typed=typed)}" for ours, meaning in row.here.items() if ours)
+        keywords.append(f"| {words(row.typed)} | {'. '.join(filter(None, [here, row.here.get('', '')]))} |")
+    return "\n".join(names), "\n".join(keywords)
+
+
+def words(typed):
+    return ", ".join(f"`{word}`" for word in typed.split())
+
+
+def test_the_page_of_flax_shows_all_names():
+    """Where this fails, put what `tables_of_names()` returns into the page."""
+    page = (ROOT / "docs" / "flax.md").read_text()
+    assert all(table in page for table in tables_of_names())
 
 
 def test_the_first_shell_block_holds_two_commands():

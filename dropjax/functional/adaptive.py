@@ -10,9 +10,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 
 
+@_arguments.public
 def standout(
     key: Array,
     x: ArrayLike,
@@ -62,6 +63,7 @@ def standout(
     return _standout(draw, x, *affine)
 
 
+@_arguments.public
 def standout_expectation(x: ArrayLike, logits: ArrayLike, *, alpha: ArrayLike = 1.0, beta: ArrayLike = 0.0) -> Array:
     """Multiplies each activation by the probability with which `standout` keeps it: what evaluation uses.
 

@@ -11,12 +11,13 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
 _DIGIT = 4  # bits of a threshold that one step of its search finds
 
 
+@_arguments.public
 def drop_block(
     key: Array,
     x: ArrayLike,

@@ -10,10 +10,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def drop_path(
     key: Array,
     x: ArrayLike,
@@ -72,6 +73,7 @@ def _drop_path(draw: bits.Draw, x: Array, rate: Rate, scale: bool) -> Array:
     return masks.apply(x, masks.keep(draw, x.shape, rate), rate, rescale=scale)
 
 
+@_arguments.public
 def layer_drop(key: Array, fn: Callable[[Any], Any], x: Any, rate: ArrayLike) -> Any:
     """Leaves a whole layer out: y = fn(x), or x itself, and then fn is not computed.
 
@@ -108,7 +110,7 @@ def layer_drop(key: Array, fn: Callable[[Any], Any], x: Any, rate: ArrayLike) ->
       is not scaled either, as in fairseq.
     """
     if not callable(fn):
-        raise TypeError(f"layer_drop: fn must be a function of x, got {_checks.describe(fn)}. Its order is key, fn, x.")
+        raise TypeError(f"layer_drop: fn must be a function of x, got {_checks.describe(fn)}.")
     x, taken = jax.tree.map(jnp.asarray, x), branch("layer_drop", key, rate)
     if isinstance(taken, int) and taken:  # checked as at other rates, and not computed
         jax.eval_shape(lambda x: _like("layer_drop", x, fn(x)), x)

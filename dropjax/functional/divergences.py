@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, masks
+from dropjax import _arguments, _checks, masks
 from dropjax._checks import Rate
 from dropjax.functional.learned import learned, parameter
 
@@ -17,6 +17,7 @@ _CUBIC = (1.16145124, -1.50204118, 0.58629921)  # Kingma, Salimans, Welling 2015
 _SIGMOID = (0.63576, 1.87320, 1.48695)  # Molchanov, Ashukha, Vetrov 2017
 
 
+@_arguments.public
 def concrete_dropout_kl(rate_logit: ArrayLike, kernel: ArrayLike, *, length_scale: ArrayLike = 1.0) -> Array:
     """Divergence of a layer's dropped weights from their prior: what `concrete_dropout` adds to the loss.
 
@@ -69,6 +70,7 @@ def _concrete_dropout_kl(rate_logit: Rate, kernel: Array, length_scale: Array) -
     return (length_scale**2 / 2 * sizes * (1 + jnp.exp(logit)) - entropy).sum()  # 1 / (1 - p) = 1 + exp(logit)
 
 
+@_arguments.public
 def variational_dropout_kl(log_alpha: ArrayLike, *, approximation: str = "sigmoid") -> Array:
     """Divergence of a weight with noise of variance alpha from the log-uniform prior: what is added to the loss.
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def dropout(
     key: Array,
     x: ArrayLike,
@@ -68,6 +69,7 @@ def _dropout(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     return masks.apply(x, masks.keep(draw, x.shape, rate), rate, draw.generator)
 
 
+@_arguments.public
 def gaussian_dropout(
     key: Array,
     x: ArrayLike,

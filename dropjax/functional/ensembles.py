@@ -11,10 +11,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, sharding
+from dropjax import _arguments, _checks, bits, sharding
 from dropjax.masks import nan_unless
 
 
+@_arguments.public
 def masksembles_masks(key: Array, num_features: int, num_masks: int, scale: float) -> Array:
     """Draws the fixed masks of an ensemble, which together use every feature.
 
@@ -96,6 +97,7 @@ def _masks(words: Array, features: int, count: int, ones: int, places: int) -> A
     return kept[:, jnp.nonzero(kept.any(0), size=features)[0]]
 
 
+@_arguments.public
 def masksembles(
     x: ArrayLike,
     masks: ArrayLike,
@@ -197,6 +199,7 @@ def _members(size: int, count: int, members: ArrayLike | None) -> tuple[Array, b
     return wide, not _checks.is_traced(members)
 
 
+@_arguments.public
 def masksembles_samples(fn: Callable[[Any], Any], x: Any, num_masks: int) -> Any:
     """Runs a network with Masksembles for all its members: one pass over a batch that holds x once for each.
 
@@ -224,7 +227,7 @@ def masksembles_samples(fn: Callable[[Any], Any], x: Any, num_masks: int) -> Any
     name = "masksembles_samples"
     num_masks = _checks.integer(name, "num_masks", num_masks, 1)
     if not callable(fn):
-        raise TypeError(f"{name}: fn must be a function of a batch, got {_checks.describe(fn)}. Its order is fn, x.")
+        raise TypeError(f"{name}: fn must be a function of a batch, got {_checks.describe(fn)}.")
     x = jax.tree.map(jnp.asarray, x)
     sizes = {a.shape[:1] for a in jax.tree.leaves(x)}
     if len(sizes) != 1 or () in sizes:

@@ -15,10 +15,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def drop_edge(
     key: Array,
     senders: ArrayLike,
@@ -91,6 +92,7 @@ class DroppedNodes(NamedTuple):
     """bool `[edges]`: valid edges both of whose nodes are kept."""
 
 
+@_arguments.public
 def drop_node(
     key: Array,
     nodes: ArrayLike,
@@ -158,6 +160,7 @@ def _drop_node(draw: bits.Draw, nodes: Array, u: Array, v: Array, valid: Array, 
     return DroppedNodes(kept(nodes), valid & kept(u) & kept(v))
 
 
+@_arguments.public
 def mask_feature(
     key: Array,
     x: ArrayLike,

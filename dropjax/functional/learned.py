@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
 
+@_arguments.public
 def concrete_dropout(
     key: Array,
     x: ArrayLike,
@@ -79,6 +80,7 @@ def _concrete_dropout(draw: bits.Draw, x: Array, rate_logit: Rate, temperature: 
     return masks.times(x, jnp.exp(jax.nn.softplus(logit) - jax.nn.softplus(z_logit)))
 
 
+@_arguments.public
 def variational_gaussian_dropout(
     key: Array,
     x: ArrayLike,

@@ -1,7 +1,6 @@
 """What several draws of one function cost: their divergence, and samples of a head."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, masks, sharding
+from dropjax import _arguments, _checks, masks, sharding
 from dropjax.functional import elementwise
 
 
@@ -24,6 +23,7 @@ class RDrop(NamedTuple):
     """`[...]` without the axis of classes, float32 at least: its mean times alpha is added to the loss."""
 
 
+@_arguments.public
 def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1, logits: bool = True) -> RDrop:
     """Runs a stochastic function for two keys at once, and measures by how much its two predictions differ.
 
@@ -57,7 +57,7 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1, logits: 
       it over both, which changes the meaning of alpha; here the mean over the batch is the caller's.
     """
     if not callable(fn):
-        raise TypeError(f"r_drop: fn must be a function of a key, got {_checks.describe(fn)}. Its order is fn, key.")
+        raise TypeError(f"r_drop: fn must be a function of a key, got {_checks.describe(fn)}.")
     keys = jax.random.split(_checks.key("r_drop", key))
     logits = _checks.flag("r_drop", "logits", logits)
     outputs = jax.vmap(fn)(keys)
@@ -69,6 +69,7 @@ def r_drop(fn: Callable[[Array], Array], key: Array, *, axis: int = -1, logits: 
     return RDrop(outputs, _symmetric_kl(outputs[0], outputs[1], axis, logits))
 
 
+@_arguments.public
 def symmetric_kl(logits_p: ArrayLike, logits_q: ArrayLike, *, axis: int = -1, logits: bool = True) -> Array:
     """Measures by how much two categorical distributions differ, from their logits or probabilities.
 
@@ -120,10 +121,9 @@ def _check_kind(function: str, must: str, values: Array, axis: int, logits: bool
         least, sums = known.min(), known.sum(axis)
     slack = 1e-3 + float(jnp.finfo(values.dtype).eps)  # each may have been rounded to its dtype
     if logits and least >= 0 and (np.abs(sums - 1) <= slack).all():
-        warnings.warn(
+        _checks.warn(
             f"{function}: {must} logits, got values of at least 0 that sum to 1 over the classes, which look like "
-            "probabilities. For those pass logits=False.",
-            stacklevel=3,
+            "probabilities. For those pass logits=False."
         )
     if not logits and (least < 0 or (np.abs(sums - 1) > 0.01 + slack).any()):
         raise ValueError(
@@ -146,6 +146,7 @@ def _symmetric_kl(p: Array, q: Array, axis: int, logits: bool) -> Array:
     return jnp.where(infinite, jnp.inf, terms).sum(axis) / 2
 
 
+@_arguments.public
 def multi_sample_dropout(
     key: Array,
     fn: Callable[[Array], Any],
@@ -192,7 +193,7 @@ def multi_sample_dropout(
     """
     name = "multi_sample_dropout"
     if not callable(fn):
-        raise TypeError(f"{name}: fn must be a function of x, got {_checks.describe(fn)}. Its order is key, fn, x.")
+        raise TypeError(f"{name}: fn must be a function of x, got {_checks.describe(fn)}.")
     num_samples = _checks.integer(name, "num_samples", num_samples, 1)
     x = _checks.array(name, x)
     _checks.rate(name, rate, x.shape)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def gaussian_noise(
     key: Array,
     x: ArrayLike,
@@ -63,6 +64,7 @@ def _gaussian_noise(draw: bits.Draw, x: Array, stddev: Rate) -> Array:
     return (x.astype(wide) + noise.astype(wide)).astype(x.dtype)
 
 
+@_arguments.public
 def uniform_dropout(
     key: Array,
     x: ArrayLike,

@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Fixed, Rate
 
 
+@_arguments.public
 def targeted_dropout(
     key: Array,
     x: ArrayLike,

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 ALPHA_PRIME = -1.7580993408473766
 """-scale * alpha of SELU: the value that SELU saturates to, to which alpha dropout drops."""
 
 
+@_arguments.public
 def alpha_dropout(
     key: Array,
     x: ArrayLike,
@@ -62,6 +63,7 @@ def alpha_dropout(
     return _alpha_dropout(draw, x, checked)
 
 
+@_arguments.public
 def feature_alpha_dropout(
     key: Array,
     x: ArrayLike,

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, sharding
+from dropjax import _arguments, _checks, bits, sharding
 
 
 class Tokens(NamedTuple):
@@ -23,6 +23,7 @@ class Tokens(NamedTuple):
     """int32 `[*batch, num_prefix_tokens + num_keep]`: where each of them stood along the token axis of x."""
 
 
+@_arguments.public
 def token_dropout(
     key: Array,
     x: ArrayLike,

@@ -8,10 +8,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def spatial_dropout(
     key: Array,
     x: ArrayLike,

@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 
+@_arguments.public
 def embedding_dropout(
     key: Array,
     x: ArrayLike,
@@ -89,6 +90,7 @@ def _embedding_dropout(draw: bits.Draw, x: Array, rate: Rate, rows: Array | None
     return masks.apply(x, masks.above(words.reshape(rows.shape + (1,) * (x.ndim - rows.ndim)), rate), rate)
 
 
+@_arguments.public
 def drop_head(
     key: Array,
     x: ArrayLike,

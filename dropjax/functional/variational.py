@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 from dropjax.functional.learned import learned, parameter
 
 _CLIP = 8.0  # of log alpha, as in the code of Molchanov, Ashukha, Vetrov
 
 
+@_arguments.public
 def local_reparametrization(
     key: Array,
     x: ArrayLike,
@@ -65,6 +66,7 @@ def _local_reparametrization(draw: bits.Draw, mean: Array, variance: Rate) -> Ar
     return (mean.astype(v.dtype) + stddev * masks.normal(draw, mean.shape).astype(v.dtype)).astype(mean.dtype)
 
 
+@_arguments.public
 def variational_dense(
     key: Array,
     x: ArrayLike,
@@ -113,6 +115,7 @@ def variational_dense(
     return _local_reparametrization(draw, mean, variance).astype(x.dtype)
 
 
+@_arguments.public
 def sparse_variational_dense(
     key: Array,
     x: ArrayLike,
@@ -216,6 +219,7 @@ def _moments(x: Array, kernel: Array, variances: Array) -> tuple[Array, Array]:
     return x @ kernel, jnp.square(x) @ jnp.broadcast_to(variances, kernel.shape)
 
 
+@_arguments.public
 def sparse_log_alpha(kernel: ArrayLike, log_sigma2: ArrayLike) -> Array:
     """Returns log alpha, how much noise a weight has for its size: log_sigma2 - log(kernel^2), within [-8, 8].
 
@@ -251,6 +255,7 @@ def _log_alpha(function: str, kernel: ArrayLike, log_sigma2: ArrayLike) -> tuple
     return kernel, jnp.clip(log_sigma2 - 2 * jnp.log(size), -_CLIP, _CLIP)
 
 
+@_arguments.public
 def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
     """Returns the kernel without those weights that are mostly noise: 0 where log alpha is above the threshold.
 
@@ -279,6 +284,7 @@ def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float 
     return jnp.where(log_alpha > threshold, jnp.zeros_like(kernel), kernel)
 
 
+@_arguments.public
 def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
     """Returns the share of weights that `sparse_kernel` sets to 0.
 

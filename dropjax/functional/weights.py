@@ -11,13 +11,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, bits, masks, sharding
+from dropjax import _arguments, _checks, bits, masks, sharding
 from dropjax._checks import Rate
 
 Names = str | Sequence[str] | Callable[[str], bool]
 """Which parameters: the ends of their paths, with `*` and `?`, or a function of a path to True or False."""
 
 
+@_arguments.public
 def drop_connect(
     key: Array,
     x: ArrayLike,
@@ -73,6 +74,7 @@ def _drop_connect(draw: bits.Draw, x: Array, rate: Rate) -> Array:
     return masks.apply(x, masks.keep(draw, x.shape, rate), rate, draw.generator)
 
 
+@_arguments.public
 def weight_drop(
     key: Array,
     params: Any,

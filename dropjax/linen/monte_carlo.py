@@ -13,7 +13,7 @@ from jax import Array
 from jax.extend.core import get_opaque_trace_state
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from dropjax import _checks, _drawing, _flax_attention, sharding
+from dropjax import _arguments, _checks, _drawing, _flax_attention, sharding
 from dropjax.functional import elementwise
 from dropjax.linen import base, calls, learned, rates, replace, wrappers
 
@@ -22,6 +22,7 @@ _OF_WEIGHTS = (wrappers.DropConnect, wrappers.DropConnectDense, wrappers.LayerDr
 _UNSHARED = (calls.Standout, learned.SparseVariationalDense, learned.VariationalDense)
 
 
+@_arguments.public
 def mc_apply(
     module: nn.Module,
     variables: Mapping[str, Any],
@@ -84,6 +85,7 @@ def mc_apply(
     return result
 
 
+@_arguments.public
 def mc_draws(
     module: nn.Module,
     variables: Mapping[str, Any],

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from dropjax import _checks, _tracing
+from dropjax import _arguments, _checks, _tracing
 from dropjax.linen import base, wrappers
 
 LAYERS = (base.Bare, wrappers.DropConnectDense, wrappers.LayerDrop, wrappers.WeightDrop)
@@ -18,6 +18,7 @@ LAYERS = (base.Bare, wrappers.DropConnectDense, wrappers.LayerDrop, wrappers.Wei
 _met_before: set[float] = set()
 
 
+@_arguments.public
 def with_rates(rate: ArrayLike | Callable[[str, Any], ArrayLike]) -> contextlib.AbstractContextManager[None]:
     """Inside this context all dropout layers of a model have the given rate, which may be traced.
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 from flax.linen import attention
 from jax import Array
 
-from dropjax import _checks, _flax_attention, _tracing
+from dropjax import _arguments, _checks, _flax_attention, _tracing
 from dropjax.functional import elementwise
 from dropjax.linen import base, rates
 
@@ -18,6 +18,7 @@ _weights = attention.dot_product_attention_weights
 _call = inspect.unwrap(FlaxDropout.__call__)
 
 
+@_arguments.public
 def replace_flax(generator: str = "mix") -> contextlib.AbstractContextManager[None]:
     """Inside this context Flax's dropout is ours, in models whose source you do not touch.
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 from jax import Array
 
-from dropjax import _checks, _layers, sharding
+from dropjax import _arguments, _checks, _layers, sharding
 
 
 class Value(nn.Module):
@@ -25,6 +25,7 @@ class Value(nn.Module):
             if name not in vars(cls):
                 setattr(cls, name, getattr(Value, name))
         super().__init_subclass__(**options)
+        _arguments.layers(cls)
 
     def __eq__(self, other: object) -> bool:
         return _values(self) == _values(other) if type(other) is type(self) else NotImplemented

@@ -4,6 +4,9 @@ Everything takes `fn`, any function of a key that draws one forward pass, so it 
 Equinox and plain JAX alike.
 """
 
+from typing import TYPE_CHECKING
+
+from dropjax import _names
 from dropjax.mc import moments as moments
 from dropjax.mc.calibration import Reliability as Reliability
 from dropjax.mc.calibration import calibration_error as calibration_error
@@ -34,3 +37,40 @@ from dropjax.mc.selection import risk_coverage as risk_coverage
 from dropjax.mc.temperature import FittedTemperature as FittedTemperature
 from dropjax.mc.temperature import fit_temperature as fit_temperature
 from dropjax.mc.temperature import temperature_scale as temperature_scale
+
+if TYPE_CHECKING:
+    from dropjax.mc import plots as plots
+else:
+    __getattr__, __dir__ = _names.lazy(__name__, "plots")
+
+__all__ = [
+    "Classification",
+    "Coverage",
+    "Detection",
+    "Explanation",
+    "FittedTemperature",
+    "Regression",
+    "Reliability",
+    "RiskCoverage",
+    "brier",
+    "calibration_error",
+    "classify",
+    "conformal_intervals",
+    "conformal_residuals",
+    "conformal_scores",
+    "conformal_sets",
+    "conformal_threshold",
+    "crps",
+    "crps_gaussian",
+    "detection",
+    "explain",
+    "fit_temperature",
+    "interval_coverage",
+    "negative_log_likelihood",
+    "pinball",
+    "regress",
+    "reliability",
+    "risk_coverage",
+    "sample",
+    "temperature_scale",
+]

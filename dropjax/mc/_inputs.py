@@ -1,7 +1,6 @@
 """The inputs of metrics: known values are checked, traced ones that are invalid give NaN, and sums do not overflow."""
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -108,10 +107,9 @@ def looks_like_probabilities(values: Any) -> bool:
 def warn_of_probabilities(function: str, logits: Any, remedy: str) -> None:
     """Warns the caller of a public function whose logits look like probabilities."""
     if looks_like_probabilities(logits):
-        warnings.warn(
+        _checks.warn(
             f"{function}: logits must be unnormalised, got numbers of at least 0 that sum to 1 over the classes, as "
             f"probabilities do. {remedy}",
-            stacklevel=3,
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs
 
 _MOST_BINS = 2**16
@@ -29,6 +29,7 @@ class Reliability(NamedTuple):
     """How many there are, int32."""
 
 
+@_arguments.public
 def reliability(
     probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = 15, binning: Binning = "equal_width"
 ) -> Reliability:
@@ -64,6 +65,7 @@ def reliability(
     return _reliability(p, y, num_bins, binning)
 
 
+@_arguments.public
 def calibration_error(
     probabilities: ArrayLike,
     labels: ArrayLike,

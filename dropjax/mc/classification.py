@@ -1,6 +1,5 @@
 """What a stochastic classifier says and does not know, streamed over the samples."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import sampling, streaming
 from dropjax.mc.streaming import Moments
 
@@ -47,6 +46,7 @@ class _Sums(NamedTuple):
     invalid: Array
 
 
+@_arguments.public
 def classify(
     fn: Callable[[Array], Array],
     key: Array,
@@ -121,7 +121,7 @@ def classify(
 
     summary = passes.run(compute)
     if message := streaming.warn_of("classify", summary.invalid, "logits without a softmax (NaN or infinite)"):
-        warnings.warn(message, stacklevel=2)
+        _checks.warn(message)
     return summary
 
 

@@ -11,13 +11,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs
 
 Score = Literal["lac", "aps"]
 _NOISE = " Add the standard deviation of the noise, or a small number."
 
 
+@_arguments.public
 def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
     """Returns the k-th smallest score, k = ceil((n + 1) (1 - alpha)), or infinity if n is too small for it.
 
@@ -60,6 +61,7 @@ def _smallest(s: Array, k: int) -> Array:
     return _inputs.nan_unless(~jnp.isnan(s).any(), threshold)
 
 
+@_arguments.public
 def conformal_scores(
     probabilities: ArrayLike, labels: ArrayLike, *, score: Score = "lac", key: Array | None = None
 ) -> Array:
@@ -94,6 +96,7 @@ def conformal_scores(
     return _of_labels(p, y, score, _check("conformal_scores", score, key))
 
 
+@_arguments.public
 def conformal_sets(
     probabilities: ArrayLike, threshold: ArrayLike, *, score: Score = "lac", key: Array | None = None
 ) -> Array:
@@ -127,6 +130,7 @@ def conformal_sets(
     return _sets(p, _scalar("conformal_sets", threshold), score, key)
 
 
+@_arguments.public
 def conformal_residuals(mean: ArrayLike, targets: ArrayLike, *, std: ArrayLike | None = None) -> Array:
     """Returns |target - mean|, divided by std where it is given: the scores of a conformal regression.
 
@@ -159,6 +163,7 @@ def conformal_residuals(mean: ArrayLike, targets: ArrayLike, *, std: ArrayLike |
     return jnp.abs(_inputs.difference(y * room, m * room)) / s / room
 
 
+@_arguments.public
 def conformal_intervals(mean: ArrayLike, threshold: ArrayLike, *, std: ArrayLike | None = None) -> tuple[Array, Array]:
     """Returns the interval mean ± threshold, times std where it is given.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import hoisting
 
 _MOVES = {
@@ -42,6 +42,7 @@ class Explanation(NamedTuple):
         return self.table
 
 
+@_arguments.public
 def explain(fn: Callable[[Array], Any], key: Array) -> Explanation:
     """Says how much of a stochastic function is computed once for all samples.
 

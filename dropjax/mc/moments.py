@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs
 
+__all__ = ["dense", "dropout", "relu"]
 
+
+@_arguments.public
 def dropout(mean: ArrayLike, var: ArrayLike, rate: ArrayLike) -> tuple[Array, Array]:
     """Returns the mean and variance of units under dropout.
 
@@ -53,6 +56,7 @@ def dropout(mean: ArrayLike, var: ArrayLike, rate: ArrayLike) -> tuple[Array, Ar
     return _inputs.nan_unless(valid, jnp.where(kept, m, 0)), _inputs.nan_unless(valid, variance)
 
 
+@_arguments.public
 def dense(mean: ArrayLike, var: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None = None) -> tuple[Array, Array]:
     """Returns the mean and variance of a dense layer of uncorrelated units.
 
@@ -98,6 +102,7 @@ def dense(mean: ArrayLike, var: ArrayLike, kernel: ArrayLike, bias: ArrayLike | 
     return product + shift, jnp.matmul(v, w**2, precision=jax.lax.Precision.HIGHEST)
 
 
+@_arguments.public
 def relu(mean: ArrayLike, var: ArrayLike) -> tuple[Array, Array]:
     """Returns the mean and variance of max(x, 0) for Gaussian x.
 

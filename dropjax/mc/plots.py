@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs, calibration, selection
+
+__all__ = ["convergence", "entropies", "regression", "reliability", "risk_coverage"]
 
 try:
     from matplotlib.axes import Axes
@@ -27,6 +29,7 @@ except ModuleNotFoundError as error:
 BLUE, ORANGE, PALE, GREY = "#0072B2", "#D55E00", "#A6CBE3", "#707070"  # from Okabe and Ito's colour-blind-safe set
 
 
+@_arguments.public
 def regression(
     x: ArrayLike,
     mean: ArrayLike,
@@ -64,6 +67,7 @@ def regression(
     return ax
 
 
+@_arguments.public
 def reliability(
     probabilities: ArrayLike,
     labels: ArrayLike,
@@ -102,6 +106,7 @@ def reliability(
     return _legend(ax, label)
 
 
+@_arguments.public
 def risk_coverage(
     uncertainty: ArrayLike,
     losses: ArrayLike,
@@ -135,6 +140,7 @@ def risk_coverage(
     return _legend(ax, label)
 
 
+@_arguments.public
 def entropies(
     usual: ArrayLike,
     foreign: ArrayLike,
@@ -180,6 +186,7 @@ def entropies(
     return _legend(ax, "")
 
 
+@_arguments.public
 def convergence(samples: ArrayLike, *, color: Any = BLUE, ax: Axes | None = None) -> Axes:
     """Draws the mean of the first T samples over T, with two of its standard errors.
 

@@ -1,6 +1,5 @@
 """What a stochastic regression says and does not know, streamed over the samples."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs, sampling, streaming
 from dropjax.mc.streaming import LogSum, Moments
 
@@ -50,6 +49,7 @@ class _Sums(NamedTuple):
     invalid: Array
 
 
+@_arguments.public
 def regress(
     fn: Callable[[Array], Any],
     key: Array,
@@ -165,7 +165,7 @@ def regress(
     if message := streaming.warn_of(
         "regress", summary.invalid, "what is not finite, or too large, or a variance that is not positive,"
     ):
-        warnings.warn(message, stacklevel=2)
+        _checks.warn(message)
     return summary
 
 

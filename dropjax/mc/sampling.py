@@ -1,6 +1,5 @@
 """Samples of a stochastic function, chunk by chunk, on one device or many."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import hoisting
 
 Draw = Callable[[Any, int], Any]
 """From the first sample's number and how many samples to their values, `[size, ...]`."""
 
 
+@_arguments.public
 def sample(
     fn: Callable[[Array], Any],
     key: Array,
@@ -161,10 +161,9 @@ def prepare(
     program, consts, shapes = hoisting.part(fn, key)
     empty = not any(of.size for of in jax.tree.leaves(shapes))
     if num_samples > 1 and not empty and not any(program.varies):
-        warnings.warn(
+        _checks.warn(
             f"{function}: fn ignores its key, so its {num_samples} samples are all the same. Is the model in "
-            "evaluation mode, or does its dropout take keys from elsewhere?",
-            stacklevel=3,
+            "evaluation mode, or does its dropout take keys from elsewhere?"
         )
     return Passes(key, num_samples, min(chunk_size, num_samples), program, consts, shapes, mesh, names)
 

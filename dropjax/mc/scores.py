@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs
 
 
@@ -22,6 +22,7 @@ class Coverage(NamedTuple):
     """Mean width: of two methods with the same coverage, the sharper one is better."""
 
 
+@_arguments.public
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> Array:
     """Returns the mean Brier score: the squared distance of the probabilities from the one-hot label.
 
@@ -56,6 +57,7 @@ def _brier(p: Array, labels: Array) -> Array:
     return _inputs.nan_unless(valid, square).mean()
 
 
+@_arguments.public
 def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits: bool = False) -> Array:
     """Returns the mean negative log probability of the true classes, in nats.
 
@@ -123,6 +125,7 @@ def log_likelihood(logits: Array, labels: Array, room: ArrayLike = 1) -> Array:
     return _inputs.log_mean_exp(_inputs.at_label(_inputs.log_softmax(logits, room), labels), room)
 
 
+@_arguments.public
 def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) -> Coverage:
     """Returns how many targets lie in their intervals, and the mean width of these.
 
@@ -163,6 +166,7 @@ def _coverage(low: Array, high: Array, y: Array) -> Coverage:
     return Coverage(inside.mean(), _inputs.nan_unless(valid, width).mean() / room)
 
 
+@_arguments.public
 def pinball(quantiles: ArrayLike, targets: ArrayLike, level: float) -> Array:
     """Returns the mean pinball loss of predicted quantiles, least for the true ones.
 
@@ -201,6 +205,7 @@ def _pinball(q: Array, y: Array, below: Array, above: Array) -> Array:
     return loss.mean() / room
 
 
+@_arguments.public
 def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array:
     """Returns the mean continuous ranked probability score of samples, in units of the target.
 
@@ -249,6 +254,7 @@ def _crps(x: Array, y: Array, fair: bool) -> Array:
     return 2 * _pinball(jnp.sort(x, 0), y, rank / total, (total - rank) / total)
 
 
+@_arguments.public
 def crps_gaussian(mean: ArrayLike, std: ArrayLike, targets: ArrayLike) -> Array:
     """Returns the mean continuous ranked probability score of Gaussian predictions.
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs
 
 
@@ -36,6 +36,7 @@ class Detection(NamedTuple):
     """Share of the usual inputs flagged by the highest threshold that flags at least 95 % of the foreign ones."""
 
 
+@_arguments.public
 def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
     """Orders predictions by uncertainty and returns the mean loss of the k most certain, for each k.
 
@@ -99,6 +100,7 @@ def _risk_coverage(u: Array, loss: Array) -> RiskCoverage:
     )
 
 
+@_arguments.public
 def detection(usual: ArrayLike, foreign: ArrayLike) -> Detection:
     """Returns how well an uncertainty tells inputs of another kind (out of distribution) from the usual ones.
 

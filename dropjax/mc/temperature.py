@@ -1,6 +1,5 @@
 """Temperature scaling: rescales logits so that confidence matches accuracy."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.mc import _inputs, scores
 
 _GRID = 65  # of log temperatures, for samples, whose likelihood may have several maxima
@@ -27,6 +26,7 @@ class FittedTemperature(NamedTuple):
     """Whether it is one of `bounds`, because the likelihood has no maximum between them; bool."""
 
 
+@_arguments.public
 def fit_temperature(
     logits: ArrayLike, labels: ArrayLike, *, bounds: tuple[float, float] = (0.01, 100.0)
 ) -> FittedTemperature:
@@ -72,10 +72,9 @@ def fit_temperature(
             "probability above 0. If these are logs of probabilities, compute them as jax.nn.log_softmax."
         )
     if _inputs.is_known(at_bound) and bool(at_bound):
-        warnings.warn(
+        _checks.warn(
             f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and the temperature is one of "
-            "them: either all labels have the highest logit (then take more examples), or the logits tell nothing.",
-            stacklevel=2,
+            "them: either all labels have the highest logit (then take more examples), or the logits tell nothing."
         )
     return FittedTemperature(temperature, at_bound)
 
@@ -144,6 +143,7 @@ def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array
     return _inputs.nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
 
 
+@_arguments.public
 def temperature_scale(logits: ArrayLike, temperature: ArrayLike) -> Array:
     """Divides logits by a temperature: the order of the classes stays, the confidence changes.
 

@@ -12,7 +12,7 @@ from flax.errors import TraceContextError
 from flax.nnx import bridge
 from jax import Array
 
-from dropjax import _checks, _drawing, _flax_attention, _tracing
+from dropjax import _arguments, _checks, _drawing, _flax_attention, _tracing
 from dropjax.nnx import stacks, stand_ins
 from dropjax.nnx.base import Stochastic
 from dropjax.nnx.calls import Standout
@@ -26,6 +26,7 @@ _OF_WEIGHTS = (DropConnect, LayerDrop, WeightDrop)
 """Layers whose examples share what is drawn anyway."""
 
 
+@_arguments.public
 def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model:
     """Returns a copy of an NNX model with its dropout on and everything else in evaluation.
 
@@ -68,6 +69,7 @@ def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model
     return copy
 
 
+@_arguments.public
 def mc_draws(
     model: nnx.Module, *args: Any, masks: str = "per_example", method: str | None = None, **kwargs: Any
 ) -> _drawing.Draws:

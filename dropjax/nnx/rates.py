@@ -8,13 +8,14 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax.typing import ArrayLike
 
-from dropjax import _checks
+from dropjax import _arguments, _checks
 from dropjax.nnx.base import FlaxDropout, Stochastic
 from dropjax.nnx.calls import TokenDropout
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
+@_arguments.public
 def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) -> _Model:
     """Sets the rates of all dropout layers of an NNX model; changes and returns the model.
 

@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from dropjax import _checks, _flax_attention
+from dropjax import _arguments, _checks, _flax_attention
 from dropjax.nnx import stand_ins
 from dropjax.nnx.base import Stochastic
 
 _Model = TypeVar("_Model", bound=nnx.Module)
 
 
+@_arguments.public
 def replace_flax(model: _Model, generator: str = "mix") -> _Model:
     """Changes an NNX model in place, so that Flax's dropout in it is ours, and returns the same model.
 
