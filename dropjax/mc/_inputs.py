@@ -168,8 +168,17 @@ def at_label(values: Array, labels: Array) -> Array:
 
 
 def _good(p: Any, dtype: Any) -> tuple[Any, Any]:
-    slack = 0.01 + float(jnp.finfo(dtype).eps)  # each may have been rounded to its dtype
-    return ((p >= 0) & (p <= 1.001)).all(-1), abs(p.sum(-1) - 1) <= slack
+    return ((p >= 0) & (p <= 1.001)).all(-1), abs(p.sum(-1) - 1) <= slack(dtype)
+
+
+def slack(dtype: Any) -> float:
+    """How far from 1 probabilities may sum: each may have been rounded to its dtype."""
+    return 0.01 + float(jnp.finfo(dtype).eps)
+
+
+def nan_unless(valid: Array, value: Array) -> Array:
+    """The value where valid, elsewhere NaN: as 0 / 0, since `jax_debug_nans` reports a constant that nobody sees."""
+    return jnp.where(valid, value, 0) / valid.astype(value.dtype)
 
 
 def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> Array:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
-from dropjax.mc import _inputs, sampling, streaming
-from dropjax.mc.streaming import LogSum, Moments
+from dropjax.mc import _inputs, running, sampling, streaming
+from dropjax.mc.running import LogSum, Moments, Sum
 
 _BINS, _PASSES = 64, 2
 
@@ -22,7 +22,7 @@ class Regression(NamedTuple):
     mean: Array
     """Mean of the samples' means, `[...]`."""
     epistemic: Array
-    """Variance of the samples' means, divisor T, `[...]`."""
+    """Variance of the samples' means, divisor T, `[...]`; infinite where it is more than the dtype holds."""
     aleatoric: Array | None
     """Mean of the samples' variances, or 1 / precision, `[...]`; None if neither is given."""
     total: Array
@@ -34,15 +34,15 @@ class Regression(NamedTuple):
     quantiles: Array | None
     """Of the samples' means, `[quantiles, ...]`; None if none are asked for."""
     invalid: Array
-    """Whether a sample was NaN or infinite, its variance negative (with targets, also 0), or too large to sum, bool
-    `[...]`; the rest is NaN there."""
+    """Whether a sample was NaN or infinite, or its variance negative (with targets, also 0), bool `[...]`; the rest is
+    NaN there."""
     num_samples: Array
     """T, how many samples were drawn, int32 scalar."""
 
 
 class _Sums(NamedTuple):
     mean: Moments
-    variance: Array | None  # mean of the variances
+    variance: Sum | None  # mean of the variances
     density: LogSum | None
     low: Array
     high: Array
@@ -70,8 +70,9 @@ def regress(
     with variance_t = 1 / precision. Its variance is the variance of mean_t (epistemic) plus the mean of variance_t
     (aleatoric), its log likelihood logsumexp_t(log N(target; mean_t, variance_t)) - log T.
 
-    A quantile q is the ceil(q T)-th smallest mean_t, to within 1 / 4096 of the range of the samples: samples are
-    drawn again from their keys, twice, to count how many lie below each of 64 edges. So T passes become 3 T.
+    A quantile q is the ceil(q T)-th smallest mean_t, to within 1 / 4096 of the range of the samples, and exactly where
+    no more floats than that lie in the range: samples are drawn again from their keys, twice, to count how many lie
+    below each of 64 edges. So T passes become 3 T.
 
     Args:
       fn: function of a key that returns means, float `[...]`, or a pair of means and variances of one shape.
@@ -109,7 +110,7 @@ def regress(
     chunk_size = streaming.CHUNK if tolerance is not None and chunk_size is None else chunk_size
     passes = sampling.prepare("regress", fn, key, num_samples, chunk_size, mesh, axes)
     shape, dtype, has_variance = _shapes(passes.shapes)
-    targets, precision = _observations(shape, dtype, has_variance, targets, precision)
+    targets, missing, precision, positive = _observations(shape, dtype, has_variance, targets, precision)
     event_dims = _checks.integer("regress", "event_dims", event_dims, 0)
     if event_dims > len(shape):
         raise ValueError(f"regress: event_dims must be at most the rank of the means, {len(shape)}, got {event_dims}.")
@@ -117,53 +118,56 @@ def regress(
 
     def summarise(values: Any) -> _Sums:
         means, variances = values if has_variance else (values, None)
-        means = means.astype(dtype)
-        invalid = ~jnp.isfinite(means)
+        means, invalid = _finite(means, dtype)
         if variances is not None:
-            invalid |= ~(variances >= 0) | jnp.isinf(variances)
-            variances = jnp.where(variances >= 0, variances, np.nan).astype(dtype)
+            variances = variances.astype(dtype)
+            least = 0 if targets is None else np.finfo(dtype).tiny  # below it 1 / variance is infinite
+            bad = ~(variances >= least) | jnp.isinf(variances)
+            variances, invalid = jnp.where(bad, 1, variances), invalid | bad
+        if precision is not None:
+            invalid |= ~positive[None]
         density = None
         if targets is not None:
             scale, log_variance = _scale(variances, precision)
-            logs = -0.5 * (log_variance + np.log(2 * np.pi) + jnp.square((targets[None] - means) * scale))
-            invalid |= jnp.isnan(logs) & ~jnp.isnan(targets)[None]
-            density = streaming.log_sum(logs.sum(tuple(range(logs.ndim - event_dims, logs.ndim))))
-        variance = None if variances is None else variances.mean(0)
-        low, high = (lax.stop_gradient(of) for of in (means.min(0), means.max(0)))
-        return _Sums(streaming.moments(means), variance, density, low, high, invalid.any(0))
+            away = 2 * (0.5 * targets[None] - 0.5 * means) * scale
+            logs = -0.5 * (log_variance + np.log(2 * np.pi) + jnp.square(away))
+            density = running.log_sum(logs.sum(tuple(range(logs.ndim - event_dims, logs.ndim))))
+        variance = None if variances is None else running.moments(variances)[0].mean
+        low, high = (lax.stop_gradient(end) for end in (means.min(0), means.max(0)))
+        return _Sums(running.moments(means)[0], variance, density, low, high, invalid.any(0))
 
     def error(sums: _Sums, count: Array) -> Array:
-        return jnp.where(sums.invalid, 0, streaming.standard_error(sums.mean.squares, count))
+        return streaming.standard_error(sums.mean.variance.value, count)
 
     def means_of(draw: sampling.Draw) -> sampling.Draw:
-        return lambda first, size: (draw(first, size)[0] if has_variance else draw(first, size)).astype(dtype)
+        return lambda first, size: _finite(draw(first, size)[0] if has_variance else draw(first, size), dtype)[0]
 
     def compute(draw: sampling.Draw) -> Regression:
         sums, count = streaming.fold(passes, draw, summarise, _merge, finished=streaming.within(tolerance, error))
-        found = None
-        if levels is not None:
-            found = _quantiles(passes, means_of(draw), levels, sums, count, fixed=tolerance is None)
-        n = count.astype(dtype)
-        epistemic = sums.mean.squares / n
-        aleatoric = sums.variance if precision is None else jnp.broadcast_to(1 / precision, shape)
+        epistemic = sums.mean.variance.value
+        aleatoric = None
+        if sums.variance is not None:
+            aleatoric = sums.variance.value
+        elif precision is not None:
+            aleatoric = jnp.broadcast_to(1 / precision, shape)
         total = epistemic if aleatoric is None else epistemic + aleatoric
-        invalid = sums.invalid | ~jnp.isfinite(sums.mean.mean) | ~jnp.isfinite(total)
-
-        def valid(value: Array) -> Array:
-            return jnp.where(invalid, np.nan, value)
-
-        mean, epistemic, total = valid(sums.mean.mean), valid(epistemic), valid(total)
-        aleatoric = None if aleatoric is None else valid(aleatoric)
         density = None
         if sums.density is not None:
-            of_event = invalid.any(tuple(range(len(shape) - event_dims, len(shape))))
-            density = jnp.where(of_event, np.nan, sums.density.value - jnp.log(n))
-        found = None if found is None else jnp.where(invalid[None], np.nan, found)
-        return Regression(mean, epistemic, aleatoric, total, density, found, invalid, count)
+            known = ~(sums.invalid | missing).any(tuple(range(len(shape) - event_dims, len(shape))))
+            density = _inputs.nan_unless(known, sums.density.value - jnp.log(count.astype(dtype)))
+        quantiles = None
+        if levels is not None:
+            quantiles = _quantiles(passes, means_of(draw), levels, sums, count, fixed=tolerance is None)
+            quantiles = _inputs.nan_unless(~sums.invalid[None], quantiles)
+        mean, epistemic, aleatoric, total = (
+            None if x is None else _inputs.nan_unless(~sums.invalid, x)
+            for x in (sums.mean.mean.value, epistemic, aleatoric, total)
+        )
+        return Regression(mean, epistemic, aleatoric, total, density, quantiles, sums.invalid, count)
 
     summary = passes.run(compute)
     if message := streaming.warn_of(
-        "regress", summary.invalid, "what is not finite, or too large, or a variance that is not positive,"
+        "regress", summary.invalid, "what is not finite, or a variance that is not positive,"
     ):
         _checks.warn(message)
     return summary
@@ -180,13 +184,12 @@ def _scale(variances: Array | None, precision: Array | None) -> tuple[Array, Arr
 def _merge(one: _Sums, m: Array, other: _Sums, n: int) -> _Sums:
     variance = None
     if one.variance is not None and other.variance is not None:
-        share = n / (jnp.asarray(m).astype(one.variance.dtype) + n)
-        variance = one.variance + (other.variance - one.variance) * share
+        variance = running.merge_means(one.variance, m, other.variance, n)
     density = None
     if one.density is not None and other.density is not None:
-        density = streaming.merge_log_sums(one.density, other.density)
+        density = running.merge_log_sums(one.density, other.density)
     return _Sums(
-        streaming.merge_moments(one.mean, m, other.mean, n),
+        running.merge_moments(one.mean, m, other.mean, n),
         variance,
         density,
         jnp.minimum(one.low, other.low),
@@ -200,23 +203,47 @@ def _quantiles(
 ) -> Array:
     """Narrows, for each level, an interval that holds the sample of its rank."""
     ones = (1,) * sums.low.ndim
-    exact = jnp.asarray(levels, jnp.float32) * count.astype(jnp.float32)
-    rank = jnp.ceil(exact * np.float32(1 - 1e-6)).astype(jnp.int32)  # an exact rank is not rounded up
-    rank = jnp.clip(rank, 1, count).reshape(-1, *ones)
-    low, high = (jnp.broadcast_to(of[None], (len(levels), *of.shape)) for of in (sums.low, sums.high))
-    inner = (jnp.arange(1, _BINS, dtype=low.dtype) / _BINS).reshape(-1, 1, *ones)
+    rank = jnp.stack([_rank(level, count) for level in levels]).reshape(-1, *ones)
+    low, high = (jnp.broadcast_to(end[None], (len(levels), *end.shape)) for end in (sums.low, sums.high))
+    inner = (jnp.arange(_BINS, dtype=low.dtype) / _BINS).reshape(-1, 1, *ones)
     for _ in range(_PASSES):
-        edges = low[None] + (high - low)[None] * inner
+        width = (high - low)[None]
+        # The ends are floats of the samples' own grid, and so are these: an interval of one step is never cut.
+        edges = jnp.where(jnp.isinf(width), low[None] * (1 - inner) + high[None] * inner, low[None] + width * inner)
 
         def below(values: Array, edges: Array = edges) -> Array:
             return (lax.stop_gradient(values)[None, None] <= edges[:, :, None]).sum(2, dtype=jnp.int32)
 
         finished = None if fixed else lambda _, drawn: drawn >= count.astype(drawn.dtype)
         counts, _ = streaming.fold(passes, means, below, lambda a, m, b, n: a + b, finished=finished)
-        index = (counts < rank[None]).sum(0, dtype=jnp.int32).astype(low.dtype)
-        low, high = low + (high - low) * (index / _BINS), low + (high - low) * ((index + 1) / _BINS)
-    found = jnp.where(rank == count, sums.high[None], low + (high - low) / 2)
-    return jnp.where(rank == 1, sums.low[None], found)
+        enough = counts >= rank[None]
+        low = jnp.maximum(low, jnp.where(enough, low[None], edges).max(0))
+        high = jnp.minimum(high, jnp.where(enough, edges, high[None]).min(0))
+    middle = low + (high - low) / 2
+    return jnp.where(rank == count, sums.high[None], jnp.where(middle > low, middle, high))
+
+
+def _rank(level: float, count: Array) -> Array:
+    """ceil(level * count), at least 1, with the level rounded down to 32 bits: 0.07 of 100 is the 7th."""
+    share = np.uint32(min(int(level * 2**32), 2**32 - 1))
+    a, b, count = share >> 16, share & 0xFFFF, count.astype(jnp.uint32)
+    c, d = count >> 16, count & 0xFFFF
+    middle = a * d + (b * d >> 16)
+    end = b * c + (middle & 0xFFFF)
+    part = (end & 0xFFFF) | (b * d & 0xFFFF)
+    rank = a * c + (middle >> 16) + (end >> 16) + (part != 0).astype(jnp.uint32)
+    return jnp.maximum(rank, 1).astype(jnp.int32)
+
+
+def _finite(means: Array, dtype: Any) -> tuple[Array, Array]:
+    """The means, 0 where they are not finite, and where that is.
+
+    Selected before they are used: XLA on CPU would fuse the last product of fn with a difference into one operation,
+    so that a sample is not the same number in all places.
+    """
+    means = means.astype(dtype)
+    invalid = ~jnp.isfinite(means)
+    return jnp.where(invalid, 0, means), invalid
 
 
 def _shapes(shapes: Any) -> tuple[tuple[int, ...], Any, bool]:
@@ -234,7 +261,9 @@ def _shapes(shapes: Any) -> tuple[tuple[int, ...], Any, bool]:
 
 def _observations(
     shape: tuple[int, ...], dtype: Any, has_variance: bool, targets: Any, precision: Any
-) -> tuple[Array | None, Array | None]:
+) -> tuple[Array | None, Any, Array | None, Any]:
+    """The targets and where they are NaN, the precision and where it is positive; any number in place of the rest."""
+    missing = positive = None
     if precision is not None and has_variance:
         raise ValueError("regress: precision must be None where fn returns variances, got both. Add one to the other.")
     if targets is not None and precision is None and not has_variance:
@@ -244,6 +273,8 @@ def _observations(
         if tuple(targets.shape) != shape:
             raise ValueError(f"regress: targets must have the shape {shape} of the means, got {targets.shape}.")
         targets = targets.astype(dtype)
+        missing = jnp.isnan(targets)
+        targets = jnp.where(missing, 0, targets)
     if precision is not None:
         limits = np.finfo(dtype)
         _inputs.require(
@@ -256,9 +287,10 @@ def _observations(
         fits = zip(reversed(precision.shape), reversed(shape), strict=False)
         if precision.ndim > len(shape) or any(n not in (1, m) for n, m in fits):
             raise ValueError(f"regress: precision must broadcast against {shape}, got shape {precision.shape}.")
-        precision = jnp.where((precision >= limits.tiny) & (precision <= limits.max), precision, np.nan)
         precision = precision.reshape((1,) * (len(shape) - precision.ndim) + precision.shape)
-    return targets, precision
+        positive = (precision >= limits.tiny) & (precision <= limits.max)
+        precision = jnp.where(positive, precision, 1)
+    return targets, missing, precision, positive
 
 
 def _levels(quantiles: Any) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,63 +19,6 @@ CHUNK = 10
 def wide(dtype: Any) -> Any:
     """The dtype in which samples of a float dtype are summarised: float32 at least."""
     return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-
-
-class Moments(NamedTuple):
-    """Mean and sum of squared deviations of samples, `[...]` each."""
-
-    mean: Array
-    squares: Array
-
-
-def moments(values: Array) -> Moments:
-    """The moments of samples `[n, ...]`, around the first of them: equal samples have variance 0."""
-    away = values - values[:1]
-    mean = away.mean(0, keepdims=True)
-    return Moments((values[:1] + mean)[0], jnp.square(away - mean).sum(0))
-
-
-def merge_moments(one: Moments, m: Any, other: Moments, n: int) -> Moments:
-    """The moments of m and n samples together.
-
-    Reference:
-      Chan, Golub, LeVeque, [Algorithms for computing the sample
-      variance](https://doi.org/10.1080/00031305.1983.10483115), 1983.
-    """
-    away = other.mean - one.mean
-    share = n / (jnp.asarray(m).astype(away.dtype) + n)
-    squares = one.squares + other.squares + jnp.square(away) * (n * (1 - share))
-    return Moments(one.mean + away * share, squares)
-
-
-class LogSum(NamedTuple):
-    """log(sum exp(x)) as the largest x and the sum of exp(x - largest), `[...]` each."""
-
-    largest: Array
-    total: Array
-
-    @property
-    def value(self) -> Array:
-        """log(sum exp(x))."""
-        return self.largest + jnp.log(self.total)
-
-
-def log_sum(values: Array) -> LogSum:
-    """The log of the sum of the exponentials of samples `[n, ...]`."""
-    largest = _finite(lax.stop_gradient(values.max(0)))
-    return LogSum(largest, jnp.exp(values - largest[None]).sum(0))
-
-
-def merge_log_sums(one: LogSum, other: LogSum) -> LogSum:
-    """The log of the sum over both."""
-    largest = jnp.maximum(one.largest, other.largest)
-    total = one.total * jnp.exp(one.largest - largest) + other.total * jnp.exp(other.largest - largest)
-    return LogSum(largest, total)
-
-
-def _finite(largest: Array) -> Array:
-    """Where every x is -inf, any finite number is as good, and does not give inf - inf."""
-    return jnp.where(jnp.isneginf(largest), np.finfo(largest.dtype).min, largest)
 
 
 def fold(
@@ -122,10 +65,10 @@ def fold(
     return total, count.astype(jnp.int32)
 
 
-def standard_error(squares: Array, count: Array) -> Array:
-    """Of a mean of so many samples; infinite for one, of which nothing is known."""
-    n = jnp.asarray(count).astype(squares.dtype)
-    return jnp.where(n > 1, jnp.sqrt(squares / (n * jnp.maximum(n - 1, 1))), np.inf)
+def standard_error(variance: Array, count: Array) -> Array:
+    """Of a mean of so many samples with this variance, divisor n; infinite for one, of which nothing is known."""
+    n = jnp.asarray(count).astype(variance.dtype)
+    return jnp.where(n > 1, jnp.sqrt(variance) / jnp.sqrt(jnp.maximum(n - 1, 1)), np.inf)
 
 
 def within(tolerance: float | None, error: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array] | None:
