@@ -115,7 +115,9 @@ def test_what_is_invalid_is_nan_and_nothing_else(key):
     for field in [summary.mean, summary.epistemic, summary.aleatoric, summary.total, summary.quantiles[0]]:
         np.testing.assert_array_equal(jnp.isnan(field), summary.invalid)
     assert jnp.isfinite(summary.mean[2])
-    np.testing.assert_array_equal([summary.epistemic[2], summary.total[2], summary.log_likelihood[2]], [np.inf] * 2 + [-np.inf])
+    np.testing.assert_array_equal(
+        [summary.epistemic[2], summary.total[2], summary.log_likelihood[2]], [np.inf] * 2 + [-np.inf]
+    )
     np.testing.assert_array_equal(jnp.isnan(summary.log_likelihood), [False, True, False, True, True])
     np.testing.assert_allclose(summary.log_likelihood[0], stats.norm.logpdf(0), rtol=1e-6)
     np.testing.assert_array_equal(without.invalid, [False, True, False, False, False])

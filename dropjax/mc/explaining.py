@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from dropjax import _arguments, _checks
-from dropjax.mc import hoisting
+from dropjax.mc import hoisting, tracing
 
 _MOVES = {
     "broadcast_in_dim", "iota", "reshape", "transpose", "slice", "squeeze", "expand_dims", "concatenate", "gather",
@@ -67,9 +67,7 @@ def explain(fn: Callable[[Array], Any], key: Array) -> Explanation:
       >>> explain(head, jax.random.key(0)).share > 0.5
       True
     """
-    if not callable(fn):
-        raise TypeError(f"explain: fn must be a function of a key, got {_checks.describe(fn)}.")
-    program, _, _ = hoisting.part(fn, _checks.key("explain", key))
+    program, _, _ = tracing.trace("explain", fn, _checks.key("explain", key))
     shared, sampled = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     _count(program, shared, sampled)
     once, each = shared[0].total(), sampled[0].total()

@@ -1,5 +1,6 @@
 """What a stochastic regression says and does not know, streamed over the samples."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +11,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
-from dropjax.mc import _inputs, running, sampling, streaming
+from dropjax.mc import _inputs, order, running, sampling, streaming
 from dropjax.mc.running import LogSum, Moments, Sum
-
-_BINS, _PASSES = 64, 2
 
 
 class Regression(NamedTuple):
@@ -114,7 +113,7 @@ def regress(
     event_dims = _checks.integer("regress", "event_dims", event_dims, 0)
     if event_dims > len(shape):
         raise ValueError(f"regress: event_dims must be at most the rank of the means, {len(shape)}, got {event_dims}.")
-    levels = _levels(quantiles)
+    levels = order.levels("regress", quantiles)
 
     def summarise(values: Any) -> _Sums:
         means, variances = values if has_variance else (values, None)
@@ -130,7 +129,7 @@ def regress(
         if targets is not None:
             scale, log_variance = _scale(variances, precision)
             away = 2 * (0.5 * targets[None] - 0.5 * means) * scale
-            logs = -0.5 * (log_variance + np.log(2 * np.pi) + jnp.square(away))
+            logs = -0.5 * (log_variance + math.log(2 * math.pi) + jnp.square(away))
             density = running.log_sum(logs.sum(tuple(range(logs.ndim - event_dims, logs.ndim))))
         variance = None if variances is None else running.moments(variances)[0].mean
         low, high = (lax.stop_gradient(end) for end in (means.min(0), means.max(0)))
@@ -155,15 +154,16 @@ def regress(
         if sums.density is not None:
             known = ~(sums.invalid | missing).any(tuple(range(len(shape) - event_dims, len(shape))))
             density = _inputs.nan_unless(known, sums.density.value - jnp.log(count.astype(dtype)))
-        quantiles = None
+        found = None
         if levels is not None:
-            quantiles = _quantiles(passes, means_of(draw), levels, sums, count, fixed=tolerance is None)
-            quantiles = _inputs.nan_unless(~sums.invalid[None], quantiles)
-        mean, epistemic, aleatoric, total = (
-            None if x is None else _inputs.nan_unless(~sums.invalid, x)
-            for x in (sums.mean.mean.value, epistemic, aleatoric, total)
+            ends = (sums.low, sums.high)
+            found = order.quantiles(passes, means_of(draw), levels, ends, count, fixed=tolerance is None)
+            found = _inputs.nan_unless(~sums.invalid[None], found)
+        mean, epistemic, total = (
+            _inputs.nan_unless(~sums.invalid, x) for x in (sums.mean.mean.value, epistemic, total)
         )
-        return Regression(mean, epistemic, aleatoric, total, density, quantiles, sums.invalid, count)
+        aleatoric = None if aleatoric is None else _inputs.nan_unless(~sums.invalid, aleatoric)
+        return Regression(mean, epistemic, aleatoric, total, density, found, sums.invalid, count)
 
     summary = passes.run(compute)
     if message := streaming.warn_of(
@@ -196,43 +196,6 @@ def _merge(one: _Sums, m: Array, other: _Sums, n: int) -> _Sums:
         jnp.maximum(one.high, other.high),
         one.invalid | other.invalid,
     )
-
-
-def _quantiles(
-    passes: sampling.Passes, means: sampling.Draw, levels: np.ndarray, sums: _Sums, count: Array, *, fixed: bool
-) -> Array:
-    """Narrows, for each level, an interval that holds the sample of its rank."""
-    ones = (1,) * sums.low.ndim
-    rank = jnp.stack([_rank(level, count) for level in levels]).reshape(-1, *ones)
-    low, high = (jnp.broadcast_to(end[None], (len(levels), *end.shape)) for end in (sums.low, sums.high))
-    inner = (jnp.arange(_BINS, dtype=low.dtype) / _BINS).reshape(-1, 1, *ones)
-    for _ in range(_PASSES):
-        width = (high - low)[None]
-        # The ends are floats of the samples' own grid, and so are these: an interval of one step is never cut.
-        edges = jnp.where(jnp.isinf(width), low[None] * (1 - inner) + high[None] * inner, low[None] + width * inner)
-
-        def below(values: Array, edges: Array = edges) -> Array:
-            return (lax.stop_gradient(values)[None, None] <= edges[:, :, None]).sum(2, dtype=jnp.int32)
-
-        finished = None if fixed else lambda _, drawn: drawn >= count.astype(drawn.dtype)
-        counts, _ = streaming.fold(passes, means, below, lambda a, m, b, n: a + b, finished=finished)
-        enough = counts >= rank[None]
-        low = jnp.maximum(low, jnp.where(enough, low[None], edges).max(0))
-        high = jnp.minimum(high, jnp.where(enough, edges, high[None]).min(0))
-    middle = low + (high - low) / 2
-    return jnp.where(rank == count, sums.high[None], jnp.where(middle > low, middle, high))
-
-
-def _rank(level: float, count: Array) -> Array:
-    """ceil(level * count), at least 1, with the level rounded down to 32 bits: 0.07 of 100 is the 7th."""
-    share = np.uint32(min(int(level * 2**32), 2**32 - 1))
-    a, b, count = share >> 16, share & 0xFFFF, count.astype(jnp.uint32)
-    c, d = count >> 16, count & 0xFFFF
-    middle = a * d + (b * d >> 16)
-    end = b * c + (middle & 0xFFFF)
-    part = (end & 0xFFFF) | (b * d & 0xFFFF)
-    rank = a * c + (middle >> 16) + (end >> 16) + (part != 0).astype(jnp.uint32)
-    return jnp.maximum(rank, 1).astype(jnp.int32)
 
 
 def _finite(means: Array, dtype: Any) -> tuple[Array, Array]:
@@ -291,12 +254,3 @@ def _observations(
         positive = (precision >= limits.tiny) & (precision <= limits.max)
         precision = jnp.where(positive, precision, 1)
     return targets, missing, precision, positive
-
-
-def _levels(quantiles: Any) -> np.ndarray | None:
-    if quantiles is None:
-        return None
-    levels = np.asarray(quantiles, np.float64)
-    if levels.ndim != 1 or not levels.size or not ((levels >= 0) & (levels <= 1)).all():
-        raise ValueError(f"regress: quantiles must be numbers in [0, 1], got {quantiles}. For one pass a list of one.")
-    return levels

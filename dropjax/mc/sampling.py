@@ -9,10 +9,12 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dropjax import _arguments, _checks
-from dropjax.mc import hoisting
+from dropjax.mc import hoisting, tracing
 
 Draw = Callable[[Any, int], Any]
 """From the first sample's number and how many samples to their values, `[size, ...]`."""
+
+_MOST = 2**31 - 1  # what an int32 counts
 
 
 @_arguments.public
@@ -34,7 +36,7 @@ def sample(
     Args:
       fn: function of a key that returns a pytree of arrays.
       key: one JAX key.
-      num_samples: T, at least 1.
+      num_samples: T, from 1 to 2^31 - 1.
       chunk_size: how many samples are computed at a time, which bounds the memory; None for all.
       mesh: devices that share each chunk's samples; a chunk is rounded up to a multiple of their number.
       axes: the axes of the mesh that share them; None for all. Over the others the arrays in `fn` may be cut.
@@ -155,10 +157,12 @@ def prepare(
     if not callable(fn):
         raise TypeError(f"{function}: fn must be a function of a key, got {_checks.describe(fn)}.")
     num_samples = _checks.integer(function, "num_samples", num_samples, 1)
+    if num_samples > _MOST:
+        raise ValueError(f"{function}: num_samples must be at most {_MOST}, got {num_samples}.")
     chunk_size = num_samples if chunk_size is None else _checks.integer(function, "chunk_size", chunk_size, 1)
     key = _checks.key(function, key)
     names = _axes(function, mesh, axes)
-    program, consts, shapes = hoisting.part(fn, key)
+    program, consts, shapes = tracing.trace(function, fn, key)
     empty = not any(of.size for of in jax.tree.leaves(shapes))
     if num_samples > 1 and not empty and not any(program.varies):
         _checks.warn(
