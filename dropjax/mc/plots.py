@@ -9,7 +9,6 @@ A new figure is not one of pyplot's: nothing is shown, or kept, that you do not 
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -52,8 +51,8 @@ def regression(
     Returns:
       The Axes.
     """
-    _inputs.require("regression", "std must not be negative, {got}", std, lambda of: ~(of < 0))
     x, mean, std = _rows("regression", x=x, mean=mean, std=std)
+    _inputs.require("regression", "std must not be negative, {got}", std, lambda of: ~(of < 0))
     order = np.argsort(x)
     x, mean, std = x[order], mean[order], std[order]
     ax = _axes(ax)
@@ -224,7 +223,7 @@ def convergence(samples: ArrayLike, *, color: Any = BLUE, ax: Axes | None = None
 def _rows(function: str, **values: ArrayLike) -> tuple[np.ndarray, ...]:
     if any(not _inputs.is_known(of) for of in values.values()):
         raise TypeError(f"{function}: {' and '.join(values)} must be known values, got traced ones. Draw outside jit.")
-    found = _inputs.numbers(function, **{name: jnp.asarray(of) for name, of in values.items()})
+    found = _inputs.numbers(function, **values)
     if found[0].ndim != 1:
         raise ValueError(f"{function}: {' and '.join(values)} must be of shape [n], got {_checks.describe(found[0])}.")
     return tuple(np.asarray(of).astype(np.float64) for of in found)
