@@ -101,6 +101,24 @@ def test_bad_input():
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda summary: plots.regression(U, summary, U),
+        lambda summary: plots.regression(U, U, summary),
+        lambda summary: plots.reliability(summary, Y),
+        lambda summary: plots.risk_coverage(summary, U),
+        lambda summary: plots.entropies(U, summary),
+        lambda summary: plots.convergence(summary),
+    ],
+)
+def test_a_whole_summary_is_none_of_its_fields(draw):
+    with pytest.raises(
+        TypeError, match=r"must be an array, got a Regression\. Pass (its field mean|one of its fields: mean, ep)"
+    ):
+        draw(mc.Regression(*[np.zeros(3)] * 8))
+
+
 def test_importing_mc_needs_neither_matplotlib_nor_scikit_learn():
     code = "import sys; sys.modules['matplotlib'] = sys.modules['sklearn'] = None\n"
     code += "import dropjax.mc\ntry:\n    import dropjax.mc.plots\nexcept ImportError as error:\n    print(error)"

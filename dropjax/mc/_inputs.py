@@ -176,11 +176,6 @@ def slack(dtype: Any) -> float:
     return 0.01 + float(jnp.finfo(dtype).eps)
 
 
-def nan_unless(valid: Array, value: Array) -> Array:
-    """The value where valid, elsewhere NaN: as 0 / 0, since `jax_debug_nans` reports a constant that nobody sees."""
-    return jnp.where(valid, value, 0) / valid.astype(value.dtype)
-
-
 def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> Array:
     """Checks floats `[..., n, classes]` and labels `[n]`; returns the labels as int32, -1 where they are none."""
     x, y = array(function, what, predictions), array(function, "labels", labels)
