@@ -86,6 +86,25 @@ def is_typed(key: Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
+def is_known(value: Any) -> bool:
+    """Whether the values of an array, or of a list of them, can be looked at here and now."""
+    value = jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+    leaves = jax.tree.leaves(value)
+    return not any(is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+
+
+def look_like_probabilities(values: Any, axis: int = -1) -> bool:
+    """Whether known values are at least 0 and sum to 1 along an axis, as logits hardly ever do."""
+    if not is_known(values):
+        return False
+    x = np.asarray(values)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size or x.ndim < 1 or x.shape[axis] < 2:
+        return False
+    slack = 1e-3 + float(jnp.finfo(x.dtype).eps)  # each may have been rounded to its dtype
+    x = x.astype(np.float64)
+    return bool((x >= 0).all() and (np.abs(x.sum(axis) - 1) <= slack).all())
+
+
 def is_symbolic(length: Any) -> bool:
     """Whether a length is unknown while tracing, as in an export with symbolic shapes."""
     return export.is_symbolic_dim(length)

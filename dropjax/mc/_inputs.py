@@ -3,22 +3,15 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _checks
+from dropjax.masks import nan_unless
 
 _ROOM = 2.0**-40  # sums of 2^40 of what it multiplies do not overflow
-
-
-def is_known(value: Any) -> bool:
-    """Whether the values of an array, or of a list of them, can be looked at here and now."""
-    value = jnp.asarray(value) if hasattr(value, "__jax_array__") else value
-    leaves = jax.tree.leaves(value)
-    return not any(_checks.is_traced(leaf) or not getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
 
 
 def array(function: str, argument: str, value: Any) -> Array:
@@ -43,13 +36,8 @@ def array(function: str, argument: str, value: Any) -> Array:
 
 def widen(*arrays: Array) -> tuple[Array, ...]:
     """Returns arrays in one dtype, float32 or, where one of them is float64, float64."""
-    wide = jnp.float64 if any(of.dtype == jnp.float64 for of in arrays) else jnp.float32
-    return tuple(of.astype(wide) for of in arrays)
-
-
-def nan_unless(valid: Array, value: Array) -> Array:
-    """Returns the value where valid, elsewhere NaN, made as 0 / 0: a constant would trip `jax_debug_nans`."""
-    return jnp.where(valid, value, (jnp.zeros_like(valid, value.dtype) / valid.astype(value.dtype)))
+    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+    return tuple(x.astype(wide) for x in arrays)
 
 
 def headroom(*arrays: Array) -> Array:
@@ -92,21 +80,9 @@ def log_mean_exp(values: Array, room: ArrayLike = 1) -> Array:
     return largest + room * jnp.log(jnp.exp(difference(values, largest[None]) / room).mean(0))
 
 
-def looks_like_probabilities(values: Any) -> bool:
-    """Whether all rows of known values are at least 0 and sum to 1, as logits hardly ever do."""
-    if not is_known(values):
-        return False
-    x = np.asarray(values)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size or x.ndim < 1 or x.shape[-1] < 2:
-        return False
-    slack = 1e-3 + float(jnp.finfo(x.dtype).eps)  # each may have been rounded to its dtype
-    x = x.astype(np.float64)
-    return bool((x >= 0).all() and (np.abs(x.sum(-1) - 1) <= slack).all())
-
-
 def warn_of_probabilities(function: str, logits: Any, remedy: str) -> None:
     """Warns the caller of a public function whose logits look like probabilities."""
-    if looks_like_probabilities(logits):
+    if _checks.look_like_probabilities(logits):
         _checks.warn(
             f"{function}: logits must be unnormalised, got numbers of at least 0 that sum to 1 over the classes, as "
             f"probabilities do. {remedy}",
@@ -129,7 +105,7 @@ def simplex(function: str, probabilities: ArrayLike) -> Array:
             f"{function}: probabilities must be of shape [n, classes], n and classes at least 1, got "
             f"{_checks.describe(p)}."
         )
-    if is_known(probabilities):
+    if _checks.is_known(probabilities):
         values = np.asarray(probabilities).astype(np.float64)
         between, summing = _good(values, p.dtype)
         if not between.all():
@@ -197,7 +173,7 @@ def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike
         raise TypeError(f"{function}: {what} must be floats and labels integers, {got} {remedy}".rstrip())
     if not x.size:
         raise ValueError(f"{function}: {what} must hold at least one example, {got}")
-    if is_known(labels):
+    if _checks.is_known(labels):
         values = np.asarray(labels)
         wrong = values[(values < 0) | (values >= x.shape[-1])]
         if wrong.size:
@@ -229,7 +205,7 @@ def numbers(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:
 
 def require(function: str, rule: str, value: Any, good: Any) -> None:
     """Raises where a known value is not as the rule says; `good` is a function of NumPy values."""
-    if is_known(value):
+    if _checks.is_known(value):
         values = np.asarray(value).astype(np.float64)
         wrong = values[~good(values)]
         if wrong.size:

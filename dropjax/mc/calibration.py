@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs
 
 _MOST_BINS = 2**16
@@ -118,7 +119,7 @@ def _reliability(p: Array, labels: Array, num_bins: int, binning: str) -> Reliab
     p, valid = _inputs.clean(p, labels)
     bins = _binned(p.max(-1), p.argmax(-1) == labels, num_bins, binning)
     filled = (bins.size > 0) & valid.all()
-    confidence, accuracy = (_inputs.nan_unless(filled, mean) for mean in (bins.confidence, bins.accuracy))
+    confidence, accuracy = (nan_unless(filled, mean) for mean in (bins.confidence, bins.accuracy))
     return Reliability(confidence, accuracy, bins.size)
 
 
@@ -133,7 +134,7 @@ def _error(p: Array, labels: Array, num_bins: int, binning: str, classwise: bool
     size = bins.size.astype(jnp.float32)  # whose sum over the classes int32 may not hold
     share = size / size.sum()
     gap = jnp.abs(bins.accuracy - bins.confidence)
-    return _inputs.nan_unless(valid.all(), _norm(share, gap, norm))
+    return nan_unless(valid.all(), _norm(share, gap, norm))
 
 
 def _norm(share: Array, gap: Array, norm: str) -> Array:

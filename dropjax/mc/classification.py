@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs, running, sampling, streaming
 from dropjax.mc.running import Moments, Sum
 
@@ -135,7 +136,7 @@ def classify(
         return _finish(sums, count), (sums.least, sums.low, sums.high)
 
     summary, extremes = passes.run(compute)
-    if all(_inputs.is_known(x) for x in (summary.invalid, *extremes)):
+    if all(_checks.is_known(x) for x in (summary.invalid, *extremes)):
         least, low, high = (float(x) for x in extremes)
         if not logits and low <= high and not (least >= 0 and low >= 1 - slack and high <= 1 + slack):
             raise ValueError(
@@ -201,7 +202,7 @@ def _finish(sums: _Sums, count: Array) -> Classification:
     valid = ~sums.invalid
     fields = (mean, _entropy(mean), sums.entropy.mean.value, sums.information.value)
     mean, total, expected, information, ratio, variance = (
-        _inputs.nan_unless(valid[..., None] if x.ndim > valid.ndim else valid, x) for x in (*fields, ratio, variance)
+        nan_unless(valid[..., None] if x.ndim > valid.ndim else valid, x) for x in (*fields, ratio, variance)
     )
     return Classification(mean, total, expected, information, sums.votes, ratio, variance, sums.invalid, count)
 

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs
 
 Score = Literal["lac", "aps"]
@@ -58,7 +59,7 @@ def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _smallest(s: Array, k: int) -> Array:
     threshold = jnp.sort(s)[k - 1] if k <= len(s) else jnp.asarray(jnp.inf, s.dtype)
-    return _inputs.nan_unless(~jnp.isnan(s).any(), threshold)
+    return nan_unless(~jnp.isnan(s).any(), threshold)
 
 
 @_arguments.public
@@ -211,7 +212,7 @@ def _check(function: str, score: str, key: Array | None) -> Array | None:
 @functools.partial(jax.jit, static_argnums=2)
 def _of_labels(p: Array, labels: Array, score: str, key: Array | None) -> Array:
     p, valid = _inputs.clean(p, labels)
-    return _inputs.nan_unless(valid, _inputs.at_label(_scores(p, score, key), labels))
+    return nan_unless(valid, _inputs.at_label(_scores(p, score, key), labels))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -221,7 +221,7 @@ def convergence(samples: ArrayLike, *, color: Any = BLUE, ax: Axes | None = None
 
 
 def _rows(function: str, **values: ArrayLike) -> tuple[np.ndarray, ...]:
-    if any(not _inputs.is_known(of) for of in values.values()):
+    if any(not _checks.is_known(of) for of in values.values()):
         raise TypeError(f"{function}: {' and '.join(values)} must be known values, got traced ones. Draw outside jit.")
     found = _inputs.numbers(function, **values)
     if found[0].ndim != 1:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs, order, running, sampling, streaming
 from dropjax.mc.running import LogSum, Moments, Sum
 
@@ -153,16 +154,14 @@ def regress(
         density = None
         if sums.density is not None:
             known = ~(sums.invalid | missing).any(tuple(range(len(shape) - event_dims, len(shape))))
-            density = _inputs.nan_unless(known, sums.density.value - jnp.log(count.astype(dtype)))
+            density = nan_unless(known, sums.density.value - jnp.log(count.astype(dtype)))
         found = None
         if levels is not None:
             ends = (sums.low, sums.high)
             found = order.quantiles(passes, means_of(draw), levels, ends, count, fixed=tolerance is None)
-            found = _inputs.nan_unless(~sums.invalid[None], found)
-        mean, epistemic, total = (
-            _inputs.nan_unless(~sums.invalid, x) for x in (sums.mean.mean.value, epistemic, total)
-        )
-        aleatoric = None if aleatoric is None else _inputs.nan_unless(~sums.invalid, aleatoric)
+            found = nan_unless(~sums.invalid[None], found)
+        mean, epistemic, total = (nan_unless(~sums.invalid, x) for x in (sums.mean.mean.value, epistemic, total))
+        aleatoric = None if aleatoric is None else nan_unless(~sums.invalid, aleatoric)
         return Regression(mean, epistemic, aleatoric, total, density, found, sums.invalid, count)
 
     summary = passes.run(compute)

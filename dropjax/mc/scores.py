@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs
 
 
@@ -54,7 +55,7 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> Array:
 def _brier(p: Array, labels: Array) -> Array:
     p, valid = _inputs.clean(p, labels)
     square = ((p - jax.nn.one_hot(labels, p.shape[1], dtype=p.dtype)) ** 2).sum(-1)
-    return _inputs.nan_unless(valid, square).mean()
+    return nan_unless(valid, square).mean()
 
 
 @_arguments.public
@@ -97,7 +98,7 @@ def negative_log_likelihood(predictions: ArrayLike, labels: ArrayLike, *, logits
 @jax.jit
 def _of_probabilities(p: Array, labels: Array) -> Array:
     p, valid = _inputs.clean(p, labels)
-    return _inputs.nan_unless(valid, -jnp.log(_inputs.at_label(p, labels))).mean()
+    return nan_unless(valid, -jnp.log(_inputs.at_label(p, labels))).mean()
 
 
 @jax.jit
@@ -105,7 +106,7 @@ def _of_logits(logits: Array, labels: Array) -> Array:
     valid = has_softmax(logits, labels)
     room = _inputs.headroom(logits).min()
     loss = -log_likelihood(jnp.where(valid[:, None], logits, 0), labels, room)
-    return _inputs.nan_unless(valid, loss).mean() / room
+    return nan_unless(valid, loss).mean() / room
 
 
 def check_logits(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
@@ -150,7 +151,7 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
       sharpness](https://doi.org/10.1111/j.1467-9868.2007.00587.x), 2007.
     """
     low, high, y = _inputs.numbers("interval_coverage", lower=lower, upper=upper, targets=targets)
-    if _inputs.is_known(lower) and _inputs.is_known(upper):
+    if _checks.is_known(lower) and _checks.is_known(upper):
         _inputs.require(
             "interval_coverage", "upper must not be below lower, {got}", upper, lambda of: ~(of < np.asarray(lower))
         )
@@ -160,10 +161,10 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
 @jax.jit
 def _coverage(low: Array, high: Array, y: Array) -> Coverage:
     valid = ~jnp.isnan(y) & (low <= high)
-    inside = _inputs.nan_unless(valid, ((low <= y) & (y <= high)).astype(y.dtype))
+    inside = nan_unless(valid, ((low <= y) & (y <= high)).astype(y.dtype))
     room = _inputs.headroom(low, high).min()
     width = _inputs.difference(high * room, low * room)
-    return Coverage(inside.mean(), _inputs.nan_unless(valid, width).mean() / room)
+    return Coverage(inside.mean(), nan_unless(valid, width).mean() / room)
 
 
 @_arguments.public
@@ -298,4 +299,4 @@ def _crps_gaussian(m: Array, s: Array, y: Array) -> Array:
     root = np.sqrt(np.pi).astype(s.dtype)
     score = s * (z * (2 * jax.scipy.stats.norm.cdf(z) - 1) + 2 * jax.scipy.stats.norm.pdf(z) - 1 / root)
     far_score = jnp.abs(distance) - jnp.where(endless, 0, s) / root
-    return _inputs.nan_unless(valid, jnp.where(far, far_score, score)).mean() / room
+    return nan_unless(valid, jnp.where(far, far_score, score)).mean() / room

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs
 
 
@@ -95,9 +96,7 @@ def _risk_coverage(u: Array, loss: Array) -> RiskCoverage:
     curve, best = risk(u), risk(loss)
     aurc, least = _inputs.mean(curve), _inputs.mean(best)
     coverage = count.astype(loss.dtype) / len(u)
-    return RiskCoverage(
-        coverage, *(_inputs.nan_unless(valid, of) for of in (curve, aurc, jnp.maximum(aurc - least, 0)))
-    )
+    return RiskCoverage(coverage, *(nan_unless(valid, of) for of in (curve, aurc, jnp.maximum(aurc - least, 0))))
 
 
 @_arguments.public
@@ -144,7 +143,7 @@ def detection(usual: ArrayLike, foreign: ArrayLike) -> Detection:
 
 
 def _scores(name: str, value: Any) -> np.ndarray:
-    if not _inputs.is_known(value):
+    if not _checks.is_known(value):
         raise TypeError(f"detection: {name} must be known values, got traced ones. Call it outside jit.")
     (x,) = _inputs.numbers("detection", **{name: value})
     if x.ndim != 1:

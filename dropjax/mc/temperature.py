@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.masks import nan_unless
 from dropjax.mc import _inputs, scores
 
 _GRID = 65  # of log temperatures, for samples, whose likelihood may have several maxima
@@ -66,12 +67,12 @@ def fit_temperature(
     _inputs.warn_of_probabilities("fit_temperature", logits, "For probabilities pass their logarithm.")
     ends = jnp.asarray(_ends(bounds, z.dtype))
     temperature, at_bound, impossible = _fit(z, labels, ends)
-    if _inputs.is_known(impossible) and bool(impossible):
+    if _checks.is_known(impossible) and bool(impossible):
         raise ValueError(
             "fit_temperature: labels must have a logit above -inf, got -inf at one of them: no temperature gives it a "
             "probability above 0. If these are logs of probabilities, compute them as jax.nn.log_softmax."
         )
-    if _inputs.is_known(at_bound) and bool(at_bound):
+    if _checks.is_known(at_bound) and bool(at_bound):
         _checks.warn(
             f"fit_temperature: the likelihood has no maximum in bounds={bounds}, and the temperature is one of "
             "them: either all labels have the highest logit (then take more examples), or the logits tell nothing."
@@ -140,7 +141,7 @@ def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array
     at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
     inside = jnp.clip(unit * jnp.exp(root) / room, *ends)
     fitted = jnp.where(at_low, ends[0], jnp.where(at_high, ends[1], inside))
-    return _inputs.nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
+    return nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
 
 
 @_arguments.public
