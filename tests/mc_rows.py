@@ -18,7 +18,7 @@ def gaussian(key):
     return y, jnp.square(y) + 1
 
 
-MC = [
+ROWS = [
     ("sample", lambda: mc.sample(logits, KEY, 4, chunk_size=3)),
     ("classify", lambda: mc.classify(logits, KEY, 4, chunk_size=3)),
     ("classify, one sample", lambda: mc.classify(logits, KEY, 1)),
