@@ -81,9 +81,11 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return function(self, *args, **kwargs)
-        except TypeError:
+        except TypeError as error:
             if (better := _binding(function, (self, *args), kwargs, type(self).__name__)) is not None:
                 raise better from None
+            if (better := _handed_on(function, kwargs, type(self).__name__, error)) is not None:
+                raise better from error
             raise
 
     call.explained = True  # type: ignore[attr-defined]  # functions take attributes
@@ -108,6 +110,15 @@ def _binding(
         text = f"{missing[1]} must be given, got none" if missing else f"got {error}"
         return wrong or TypeError(f"{name}: {text}. {_order(signature)}")
     return None
+
+
+def _handed_on(function: Callable[..., Any], kwargs: dict[str, Any], layer: str, error: TypeError) -> TypeError | None:
+    """The error of another library's keyword for one of a layer's that the layer hands on to what it is made of."""
+    named = [p.name for p in inspect.signature(function).parameters.values() if p.kind not in _VARIADIC][1:]
+    refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if refused is None or refused[1] not in kwargs or not _names.is_meant(refused[1], named):
+        return None
+    return _names.explain(layer, [refused[1]], named)
 
 
 def _ordered(function: Callable[..., Any], args: tuple, error: Exception) -> TypeError | None:

@@ -174,25 +174,33 @@ def rate(
     rates = None if number else broadcasts(function, argument, jnp.asarray(value), shape)
     known = not is_traced(value) and getattr(value, "is_fully_addressable", True)
     if known:
-        _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
+        _in_range(function, floats(value), argument, range)
     return Fixed(float(value)) if rates is None else rates.astype(jnp.float32)
 
 
 def field(layer: str, function: str, argument: str, value: Any) -> None:
     """Checks the numbers and NumPy arrays that a layer is built with, in the range of its function's argument.
 
-    JAX arrays are checked at the call: reading them back is slow, and impossible while tracing.
+    Of JAX arrays it checks the dtype; their values are checked at the call, since reading them back
+    is slow, and impossible while tracing.
     """
-    if isinstance(value, Array | jax.ShapeDtypeStruct) or hasattr(value, "__jax_array__"):
-        return
-    numeric = isinstance(value, int | float | np.generic | np.ndarray) and not isinstance(value, bool)
-    if not numeric or np.asarray(value).dtype.kind not in "fiuV":  # V: the narrow floats of ml_dtypes
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    dtype = getattr(value, "dtype", None) if is_array(value) or hasattr(value, "__jax_array__") else None
+    if not number and (dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))):
         raise TypeError(
             f"{layer}: {argument} must be a number or a float array, got {describe(value)}. "
             "Convert lists with jnp.asarray."
         )
-    values = np.asarray(value, dtype=np.float64)
-    _in_range(layer, values, argument, _RANGES.get((function, argument), "[0, 1]"))
+    if number or isinstance(value, np.generic | np.ndarray):
+        _in_range(layer, floats(value), argument, _RANGES.get((function, argument), "[0, 1]"))
+
+
+def floats(value: Any) -> np.ndarray:
+    """Returns known numbers in float64, infinite where an integer is beyond it."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except OverflowError:
+        return np.asarray(np.inf if value > 0 else -np.inf)
 
 
 def whole(function: str, rate: Rate, dims: Sequence[int], what: str) -> None:
@@ -274,8 +282,8 @@ def real(function: str, argument: str, value: Any, range: str | None = None) -> 
     if not number and not (is_array(value) and jnp.issubdtype(value.dtype, jnp.floating)):
         raise TypeError(f"{function}: {argument} must be a number or a float array, got {describe(value)}.")
     if range and not is_traced(value) and getattr(value, "is_fully_addressable", True):
-        _in_range(function, np.asarray(value, dtype=np.float64), argument, range)
-    return jnp.asarray(float(value) if number else value)
+        _in_range(function, floats(value), argument, range)
+    return jnp.asarray(float(floats(value)) if number else value)
 
 
 def dim(function: str, argument: str, value: Any, rank: int) -> int:

@@ -24,14 +24,14 @@ class Drop(NamedTuple):
     key: Array
     rate: Any
     generator: str = "mix"
-    share_batch: bool = (
-        False  # whether all examples share the mask, as `broadcast_dropout` shares it over batch and heads
-    )
+    share_batch: bool = False
+    """Whether all examples share the mask, as `broadcast_dropout` shares it over batch and heads."""
 
 
-handler: contextvars.ContextVar[Callable[[Mapping[str, Any]], Drop | None] | None]
-handler = contextvars.ContextVar("handler", default=None)
-"""Maps the arguments of a call to its dropout, or to None where Flax's own code decides."""
+Handler = contextvars.ContextVar[Callable[[Mapping[str, Any]], Drop | None] | None]
+linen: Handler = contextvars.ContextVar("linen", default=None)
+nnx: Handler = contextvars.ContextVar("nnx", default=None)
+"""Map the arguments of a call to its dropout, or to None where Flax's own code decides, for each framework alone."""
 
 _originals: dict[str, Callable[..., Array]] = {}
 _lock = threading.Lock()
@@ -68,7 +68,7 @@ def install(framework: str, function: Any) -> None:
 
 def call(framework: str, /, *args: Any, **kwargs: Any) -> Array:
     """Returns the attention weights, after our dropout where the context asks for it."""
-    original, decide = _originals[framework], handler.get()
+    original, decide = _originals[framework], {"linen": linen, "nnx": nnx}[framework].get()
     if decide is None:
         return original(*args, **kwargs)
     given = inspect.signature(original).bind(*args, **kwargs)

@@ -144,7 +144,7 @@ def _limit(function: str, value: Any, dtype: Any) -> Array:
             f"{function}: max_value must be a number or a float scalar, got {_checks.describe(value)}. "
             "Use jax.vmap for several."
         )
-    array = jnp.asarray(value, dtype=float if number else None)
+    array = jnp.asarray(_checks.floats(value), dtype=float) if number else jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{function}: max_value must be a number or a float scalar, got {_checks.describe(value)}.")
     if _checks.is_traced(value):

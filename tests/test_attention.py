@@ -144,6 +144,45 @@ def test_nnx(key, name):
     assert dropjax.nnx.mc_draws(model) == (("", "NnxAttending", RATE, True),)
 
 
+class Helper:
+    def attend(self, **options):
+        return nnx.dot_product_attention(X, X, X, **options)
+
+    @property
+    def attention(self):
+        return self.attend
+
+
+class Beside(nnx.Module):
+    """Attention that a module calls by ways of its own, beside dropout that shows."""
+
+    def __init__(self, call):
+        self.call, self.drop = nnx.static(call), nnx.Dropout(0.5)
+
+    def __call__(self):
+        return self.call(self.drop(X), dropout_rate=RATE, deterministic=True, broadcast_dropout=False)
+
+
+BY_NAME = {"own": None, "flax": lambda **options: nnx.dot_product_attention(X, X, X, **options)}
+HIDDEN = {
+    "a helper's method": lambda x, helper=Helper(), **o: helper.attend(**o),  # noqa: B008
+    "a class": lambda x, **o: Helper().attend(**o),
+    "a property": lambda x, **o: Helper().attention(**o),
+    "a table": lambda x, **o: BY_NAME["flax"](**o),
+    "an argument by default": lambda x, attend=nnx.dot_product_attention, **o: attend(X, X, X, **o),
+    "a name that is made": lambda x, **o: getattr(nnx, "_".join(["dot", "product", "attention"]))(X, X, X, **o),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_attention_of_nnx(key, name):
+    model = Beside(HIDDEN[name])
+    drawn = dropjax.nnx.mc_view(model, key)()
+    layer = jax.random.fold_in(jax.random.fold_in(key, 1), 0)  # the second stream's first key
+    np.testing.assert_allclose(drawn, expected(layer), rtol=1e-5, atol=1e-6)
+    assert dropjax.nnx.mc_draws(model) == (("drop", "Dropout", 0.5, True), ("", "Beside", RATE, True))
+
+
 def test_a_key_of_the_callers_own_stays_as_it_is(key):
     """Only a key of the module's stream becomes that of its path."""
     model = Attending(lambda **o: nn.dot_product_attention(X, X, X, **{**o, "dropout_rng": key}))

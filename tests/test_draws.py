@@ -296,14 +296,16 @@ class InLinen(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = bridge.to_linen(nnx.MultiHeadAttention, 2, 4, decode=False, deterministic=True, name="theirs")(x)
+        options = {"dropout_rate": 0.5, "decode": False, "deterministic": True}
+        x = bridge.to_linen(nnx.MultiHeadAttention, 2, 4, **options, name="theirs")(x)
         x = bridge.to_linen(InNnx, name="both")(x)
         return nn.Dropout(0.5, deterministic=self.off)(x)
 
 
 class InNnx(nnx.Module):
-    def __init__(self, rngs):
-        self.attention = bridge.ToNNX(nn.MultiHeadDotProductAttention(2, deterministic=True), rngs=rngs)
+    def __init__(self, rngs, rate=0.0):
+        attention = nn.MultiHeadDotProductAttention(2, dropout_rate=rate, deterministic=True)
+        self.attention = bridge.ToNNX(attention, rngs=rngs)
         self.attention.lazy_init(X)
         self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
 
@@ -326,8 +328,11 @@ def test_no_code_of_a_module_runs_but_its_own_calls(key):
 
 @pytest.mark.filterwarnings("ignore:.*the dropout of:UserWarning")
 def test_bridges_both_ways(key):
-    """Everything runs; what the other framework holds stays as it is."""
+    """Everything runs; what the other framework holds stays as it is, also where its attention was drawn before."""
     linen = dropjax.linen
+    attention = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=True)
+    linen.mc_apply(attention, initialised(attention), key, X)
+    dropjax.nnx.mc_view(InNnx(nnx.Rngs(0)), key)
     model = InLinen()
     variables = initialised(model)
     run = lambda off=True: InLinen(off).apply(variables, X, rngs={"dropout": key})  # noqa: E731
@@ -345,10 +350,11 @@ def test_bridges_both_ways(key):
         linen.mc_draws(model, variables, X)
     )
 
-    inner = InNnx(nnx.Rngs(0))
+    inner = InNnx(nnx.Rngs(0), 0.5)
     evaluated = inner(X)
     drawn = dropjax.nnx.mc_view(inner, key)(X)
     np.testing.assert_allclose(drawn, evaluated * 2 * (drawn != 0), rtol=1e-5)
-    assert dropjax.nnx.mc_draws(inner, X) == (("drop", "Dropout", 0.5, True),)
+    assert dropjax.nnx.mc_draws(inner, X)[0] == ("drop", "Dropout", 0.5, True)
+    assert [row[1:] for row in dropjax.nnx.mc_draws(inner, X)[1:]] == [("MultiHeadDotProductAttention", 0.5, False)]
     np.testing.assert_allclose(dropjax.nnx.replace_flax(nnx.clone(inner))(X), evaluated, rtol=1e-6)
     np.testing.assert_allclose(inner(X), evaluated, rtol=1e-6)

@@ -95,18 +95,19 @@ def test_rates_are_checked_when_a_layer_is_built(name):
         rate_of(name),
         {"GaussianNoise": "inf)", "GaussianDropout": "1)", "TokenDropout": "1)"}.get(name, "1]"),
     )
-    bad = [-0.1, np.nan, np.float32(-1), np.array([[0.5], [-1]])]
+    bad = [-0.1, np.nan, -np.inf, np.float32(-1), np.array([[0.5], [-1]])]
     bad += [] if name == "GaussianNoise" else [50, 1.5, np.float64(2), np.array(7), np.int64(3)]
     bad += [1.0] if high == "1)" else []
     for value in bad:
         wrong = float(np.asarray(value).flat[-1])
         raises(ValueError, f"{name}: {field} must be in [0, {high}, got {wrong}", build, name, value)
-    for value in ["half", [0.5], (0.5,), True, 1j, object(), np.array("a"), np.array(True)] + [None] * (
+    for value in ["half", [0.5], (0.5,), True, 1j, object(), np.array("a"), np.array(True), jnp.array(1j), KEY] + [None] * (
         name != "TokenDropout"
     ):
         raises(TypeError, f"{name}: {field} must be a number or a float array, got ", build, name, value)
     for value in [0, 0.5, np.float32(0.25), np.full((2, 1), 0.5), jnp.float32(7), jnp.bfloat16(0.5)]:
         assert getattr(build(name, value), field) is value  # arrays of JAX are checked at the call
+    raises(ValueError, f"{name}: {field} must be in [0, {high}, got -inf", build, name, -(10**400))
     jax.jit(lambda rate: build(name, rate) and rate)(0.5)
     assert getattr(build(name).clone(**{field: 0.25}), field) == 0.25
     raises(ValueError, f"{name}: {field} must be in ", build(name).clone, **{field: -3.0})

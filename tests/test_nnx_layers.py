@@ -98,8 +98,11 @@ BAD = [
     ("half", TypeError, "must be a number or a float array, got 'half' (str)."),
     ([0.5], TypeError, "must be a number or a float array, got [0.5] (list). Convert lists with jnp.asarray."),
     (True, TypeError, "must be a number or a float array, got True (bool)."),
+    (jnp.bool_(True), TypeError, "must be a number or a float array, got bool[]."),
+    (jax.random.key(0), TypeError, "must be a number or a float array, got key<fry>[]."),
+    (-(10**400), ValueError, "got -inf."),
 ]
-RANGES = {"GaussianNoise.stddev": (-0.1,), "Standout.alpha": (np.nan,), "Standout.beta": (np.nan,)}
+RANGES = {"GaussianNoise.stddev": (-0.1, -(10**400)), "Standout.alpha": (np.nan,), "Standout.beta": (np.nan,)}
 TAKES_NONE = "TokenDropout"
 
 

@@ -281,6 +281,24 @@ def test_a_schedule_in_a_jitted_step():
         assert len(traces) == expected
 
 
+def test_a_model_whose_layers_were_given_one_array_is_donated():
+    rate = jnp.float32(0.5)
+    model = nnx.List([Dropout(rate, rngs=nnx.Rngs(0)), Dropout(rate, rngs=nnx.Rngs(1))])
+    step = nnx.jit(lambda model, x: model[1](model[0](x)), donate_argnums=0)
+    for _ in range(2):
+        step(model, X)
+        near(rate, 0.5)
+        set_rates(model, rate)
+
+
+@every
+def test_an_abstract_model_takes_an_abstract_rate(name, field):
+    abstract = nnx.eval_shape(lambda: build(name, field, jnp.float32(0.5)))
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    setattr(abstract, field, shape)
+    assert getattr(abstract, field).get_value() == shape
+
+
 def test_a_schedule_in_plain_jit():
     traces = []
     graph, state = nnx.split(block(0.5))

@@ -220,5 +220,17 @@ def test_bad_calls():
     out = pytest.raises(ValueError, match=r"with_rates: the returned rate must be in \[0, 1\]")
     with out, with_rates(lambda path, rate: 5):
         layer.apply({}, X, rngs={"dropout": jax.random.key(0)})
+    none = pytest.raises(ValueError, match="with_rates: model must call a layer with a rate inside the context, got none")
+    for rate in [0.77, jnp.float32(0.5), lambda path, rate: 0.5]:
+        with none, with_rates(rate):
+            pass
+
+    @jax.jit
+    def traced(rate):
+        with with_rates(rate):
+            return rate
+
+    with none:
+        traced(0.5)
     with pytest.raises(ZeroDivisionError), with_rates(0.66):  # not hidden by the check at the end
         1 / 0  # noqa: B018

@@ -168,7 +168,7 @@ class _Run:
 
     def intercept(self, next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module, called = context.module, context.method_name == "__call__"
-        if _flax_attention.handler.get() != self.attend:  # an inner context holds
+        if _flax_attention.linen.get() != self.attend:  # an inner context holds
             return next_method(*args, **kwargs)
         if replace.is_flax_dropout(context):
             with rates.set_on(module):

@@ -61,12 +61,12 @@ def _replaced(generator: str) -> Iterator[None]:
 def drawing(attend: Callable[[Mapping[str, Any]], _flax_attention.Drop | None], way: Any) -> Iterator[None]:
     """Has attention drawn as `attend` decides, and what is jitted traced for this way."""
     _flax_attention.install("linen", _weights)
-    token = _flax_attention.handler.set(attend)
+    token = _flax_attention.linen.set(attend)
     try:
         with _tracing.traced_as(way):
             yield
     finally:
-        _flax_attention.handler.reset(token)
+        _flax_attention.linen.reset(token)
 
 
 def is_flax_dropout(context: Any) -> bool:
@@ -83,7 +83,7 @@ class _Replacing:
 
     def intercept(self, next_method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        if _flax_attention.handler.get() != self.attend:  # an inner context holds
+        if _flax_attention.linen.get() != self.attend:  # an inner context holds
             return next_method(*args, **kwargs)
         if is_flax_dropout(context):
             with rates.set_on(module):

@@ -84,11 +84,12 @@ def tolerance(function: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | np.generic):
         raise TypeError(f"{function}: tolerance must be a number, got {_checks.describe(value)}.")
-    if not 0 < float(value) < math.inf:
+    number = float(_checks.floats(value))
+    if not 0 < number < math.inf:
         raise ValueError(
-            f"{function}: tolerance must be positive, got {float(value)}. It is the standard error at which to stop."
+            f"{function}: tolerance must be positive, got {number}. It is the standard error at which to stop."
         )
-    return float(value)
+    return number
 
 
 def warn_of(function: str, invalid: Array, what: str) -> str | None:

@@ -89,7 +89,7 @@ class Stochastic(nnx.Module):
         if isinstance(own, Array) or not isinstance(value, int | float | np.generic):
             stream = vars(self).get("rngs")
             stack = stream.key.shape if isinstance(stream, nnx.RngStream) else ()
-            return Rate(value if isinstance(value, jax.ShapeDtypeStruct) else _array(value, stack))
+            return Rate(_array(value, stack))
         return value
 
     def _field(self, name: str) -> Any:
@@ -185,10 +185,13 @@ class Layer(Stochastic):
 
 
 def _array(value: Any, shape: tuple[int, ...]) -> Array:
-    """The value as an array of float32, of the shape if it broadcasts to it."""
-    value = jnp.asarray(value)
-    if jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer):
-        value = jnp.asarray(value, jnp.float32)
+    """The value as an array of float32, of the shape if it broadcasts to it.
+
+    It is a copy, so that a model whose layers were given one array can be donated.
+    """
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    value = jnp.array(value, jnp.float32)
     try:
         return jnp.broadcast_to(value, shape)
     except ValueError:

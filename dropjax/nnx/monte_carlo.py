@@ -169,6 +169,10 @@ def _view(module: _Model, key: Array, masks: str, paths: bool = False) -> tuple[
         else:
             record.draw(path, kind, None)
         count += 1
+    if stand_ins.own_class(copy) is type(copy):  # for attention that a module calls by ways that its code does not show
+        copy.dropjax_rngs = _stream("dropout", jax.random.fold_in(key, count), stacked[""])
+        copy.dropjax_path = ""
+        stand_ins.attend_by(copy, _attend, masks, evaluate=True)
     return copy, record, count
 
 

@@ -3,8 +3,9 @@
 import copyreg
 import functools
 import inspect
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -18,6 +19,7 @@ _weights = attention.dot_product_attention_weights
 _FUNCTIONS = (_weights, attention.dot_product_attention)
 _NAMES = {function.__name__ for function in _FUNCTIONS}
 _BASES = frozenset(nnx.Module.__mro__)
+_LIBRARIES = {"flax", "jax", "jaxlib", "numpy", *sys.stdlib_module_names}
 
 
 class _Meta(type(nnx.Module)):  # type: ignore[misc]  # a metaclass by its value
@@ -95,45 +97,66 @@ def _attending(
         @functools.wraps(own)
         def method(self: Any, *args: Any, **options: Any) -> Any:
             options |= {"deterministic": True, "rngs": None} if overrule else {}
-            token = _flax_attention.handler.set(functools.partial(decide, self, how))
+            token = _flax_attention.nnx.set(functools.partial(decide, self, how))
             try:
                 with _tracing.traced_as((decide.__name__, how)):
                     return own(self, *args, **options)
             finally:
-                _flax_attention.handler.reset(token)
+                _flax_attention.nnx.reset(token)
 
         return method
 
-    names = {name for base in kind.__mro__ if base not in _BASES for name in vars(base)}
-    own = {name: inspect.getattr_static(kind, name) for name in sorted(names) if name == "__call__" or name[:2] != "__"}
+    own = {name: of for name, of in sorted(_defined(kind).items()) if name == "__call__" or name[:2] != "__"}
     return (kind,), {name: inside(name, of) for name, of in own.items() if isinstance(of, types.FunctionType)}
 
 
 def attends(module: nnx.Module) -> bool:
     """Whether a module calls Flax's attention: by its methods, what they call, or a function that it holds."""
-    held = [value for value in vars(module).values() if callable(value) and not isinstance(value, nnx.Module)]
-    return _methods_attend(own_class(module)) or any(_reaches(value, set()) for value in held)
+    return _methods_attend(own_class(module)) or _reaches(list(vars(module).values()), set())
 
 
 @functools.cache
 def _methods_attend(kind: type) -> bool:
-    methods = {name: value for base in kind.__mro__ if base not in _BASES for name, value in vars(base).items()}
-    return any(_reaches(getattr(of, "__func__", of), set()) for name, of in methods.items() if name != "__init__")
+    return _reaches([of for name, of in _defined(kind).items() if name != "__init__"], set())
 
 
-def _reaches(function: Any, seen: set[int]) -> bool:
-    """Whether the code of a function, or of functions that it names, names one of Flax's attention functions."""
-    function = function.func if isinstance(function, functools.partial) else function
-    function = inspect.unwrap(function) if callable(function) else function
-    if any(function is one for one in _FUNCTIONS):
+def _defined(kind: type) -> dict[str, Any]:
+    return {name: value for base in kind.__mro__[::-1] if base not in _BASES for name, value in vars(base).items()}
+
+
+def _reaches(thing: Any, seen: set[int]) -> bool:
+    """Whether a thing is one of Flax's attention functions, or its code, or what that names or holds, leads to one."""
+    if any(thing is one for one in _FUNCTIONS):
         return True
-    if not isinstance(function, types.FunctionType) or id(function) in seen:
+    if id(thing) in seen:
         return False
-    seen.add(id(function))
-    if function.__module__.partition(".")[0] in ("jax", "numpy"):
-        return False
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    return any(_reaches(thing, seen) for thing in (*cells, *_named(function)))
+    seen.add(id(thing))
+    return any(_reaches(part, seen) for part in _parts(thing))
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """What is called where a thing is; other modules, whose attention is their own, and libraries apart."""
+    if isinstance(thing, list | tuple):
+        return thing
+    if isinstance(thing, Mapping):
+        return thing.values()
+    if isinstance(thing, functools.partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, property):
+        return (thing.fget,)
+    kind = thing if isinstance(thing, type) else type(thing)
+    if getattr(thing, "__wrapped__", None) is not None:
+        return (thing.__wrapped__,)
+    if isinstance(thing, types.MethodType | classmethod | staticmethod):
+        return (thing.__func__,)
+    if isinstance(thing, types.FunctionType):
+        own = thing.__module__.partition(".")[0] not in ("jax", "numpy")
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        defaults = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+        return (*cells, *defaults, *_named(thing)) if own else ()
+    if issubclass(kind, nnx.Object | nnx.Variable) or kind.__module__.partition(".")[0] in _LIBRARIES:
+        return ()
+    return (*_defined(kind).values(), *(() if thing is kind else getattr(thing, "__dict__", {}).values()))
 
 
 def _named(function: types.FunctionType) -> Iterator[Any]:
