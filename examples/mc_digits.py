@@ -115,7 +115,6 @@ def fit(model: Network, train: Split, validation: Split, args: argparse.Namespac
         evaluate=jax.jit(lambda variables: {"validation loss": loss(variables, validation)}),
         evaluate_every=20,
         checkpoint_dir=args.checkpoint_dir and args.checkpoint_dir / f"{args.seed}-{args.steps}-{args.rate}",
-        checkpoint_every=100,
         progress=not args.quiet,
     )
 

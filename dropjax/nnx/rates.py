@@ -46,10 +46,11 @@ def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) 
     rate = rate.get_value() if isinstance(rate, nnx.Variable) else rate
     changes = []
     for path, module in nnx.iter_modules(model):
-        attention = isinstance(module, nnx.MultiHeadAttention)
-        name, where = "dropout_rate" if attention else "rate", "/".join(map(str, path))
-        old = getattr(module, name, None)
-        if old is None or not (attention or isinstance(module, Stochastic | FlaxDropout)):
+        if not isinstance(module, nnx.MultiHeadAttention | Stochastic | FlaxDropout):
+            continue
+        name = "dropout_rate" if isinstance(module, nnx.MultiHeadAttention) else "rate"
+        where, old = "/".join(map(str, path)), getattr(module, name, None)
+        if old is None:
             continue
         new: Any = rate
         if callable(rate):
