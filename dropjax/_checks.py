@@ -28,7 +28,7 @@ _RANGES = {
     ("concrete_dropout_kl", "length_scale"): "[0, inf)",
     ("standout", "alpha"): "(-inf, inf)",
     ("standout", "beta"): "(-inf, inf)",
-    ("mask_feature", "fill_value"): "[-inf, inf]",
+    ("mask_feature", "fill_value"): "(-inf, inf)",
     ("masksembles_masks", "scale"): "[1, 100]",
     ("variational_gaussian_dropout", "initial_log_alpha"): "(-inf, inf)",
     ("variational_dense", "initial_log_alpha"): "(-inf, inf)",
