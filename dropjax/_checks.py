@@ -5,6 +5,7 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 
 import contextlib
 import dataclasses
+import inspect
 import operator
 import sys
 import warnings
@@ -193,6 +194,18 @@ def field(layer: str, function: str, argument: str, value: Any) -> None:
         )
     if number or isinstance(value, np.generic | np.ndarray):
         _in_range(layer, floats(value), argument, _RANGES.get((function, argument), "[0, 1]"))
+
+
+def of_layers(function: str, rate: Any) -> None:
+    """Checks that a function that sets the rates of layers takes the path and the rate of one."""
+    with contextlib.suppress(ValueError):  # of what has no signature
+        try:
+            inspect.signature(rate).bind("", 0.0)
+        except TypeError:
+            raise TypeError(
+                f"{function}: rate must be a number, an array, or a function of two, (path, rate) -> rate, got "
+                f"{describe(rate)}. Of a schedule pass schedule(step)."
+            ) from None
 
 
 def floats(value: Any) -> np.ndarray:

@@ -219,6 +219,10 @@ def test_bad_calls():
     for rate in [1.5, -0.1, np.nan, jnp.float32(2)]:
         with pytest.raises(ValueError, match=r"with_rates: rate must be in \[0, 1\]"):
             with_rates(rate)
+    for of in [dropjax.schedules.linear(0.0, 0.5, 10), lambda: 0.5, lambda rate: rate]:
+        for set_rates in (with_rates, lambda rate: dropjax.nnx.set_rates(dropjax.nnx.Dropout(0.5), rate)):
+            with pytest.raises(TypeError, match=r"_rates: rate must be .* of two, .* schedule\(step\)"):
+                set_rates(of)
     with pytest.raises(
         ValueError, match=r"with_rates: rate must be a number or a scalar array, got float32\[3\]. For other"
     ):

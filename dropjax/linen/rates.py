@@ -62,6 +62,8 @@ def with_rates(rate: ArrayLike | Callable[[str, Any], ArrayLike]) -> contextlib.
         _checks.rate("with_rates", rate, ())
         if not _checks.is_traced(rate):
             rate = float(rate)  # type: ignore[arg-type]  # checked
+    else:
+        _checks.of_layers("with_rates", rate)
     return _with_rates(rate)
 
 

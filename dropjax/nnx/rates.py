@@ -46,6 +46,8 @@ def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) 
       [0.25, 0.2]
     """
     rate = rate.get_value() if isinstance(rate, nnx.Variable) else rate
+    if callable(rate):
+        _checks.of_layers("set_rates", rate)
     changes = []
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     stacked = stacks.shapes(modules)
