@@ -156,7 +156,9 @@ def _swapped(given: list[tuple[inspect.Parameter, Any]]) -> bool:
 
 
 def _misplaced(given: list[tuple[inspect.Parameter, Any]], text: str) -> bool:
-    """Whether an error names an argument whose kind only another one takes, or whose shape may be another one's."""
+    """Whether an array is given for the key, or an error names an argument whose kind or shape may be another one's."""
+    if any(p.name == "key" and _kind(value) == "floats" for p, value in given):
+        return True
     named = set(re.split(r",? and |, | ", text.partition(": ")[2].partition(" must ")[0]))
     taken = set().union(*(_takes(p) or () for p, _ in given))
     for p, value in given:

@@ -5,6 +5,7 @@ Messages read "function: argument must be ..., got ..." and end with the remedy 
 
 import contextlib
 import dataclasses
+import inspect
 import operator
 import sys
 import warnings
@@ -28,7 +29,7 @@ _RANGES = {
     ("concrete_dropout_kl", "length_scale"): "[0, inf)",
     ("standout", "alpha"): "(-inf, inf)",
     ("standout", "beta"): "(-inf, inf)",
-    ("mask_feature", "fill_value"): "[-inf, inf]",
+    ("mask_feature", "fill_value"): "(-inf, inf)",
     ("masksembles_masks", "scale"): "[1, 100]",
     ("variational_gaussian_dropout", "initial_log_alpha"): "(-inf, inf)",
     ("variational_dense", "initial_log_alpha"): "(-inf, inf)",
@@ -193,6 +194,18 @@ def field(layer: str, function: str, argument: str, value: Any) -> None:
         )
     if number or isinstance(value, np.generic | np.ndarray):
         _in_range(layer, floats(value), argument, _RANGES.get((function, argument), "[0, 1]"))
+
+
+def of_layers(function: str, rate: Any) -> None:
+    """Checks that a function that sets the rates of layers takes the path and the rate of one."""
+    with contextlib.suppress(ValueError):  # of what has no signature
+        try:
+            inspect.signature(rate).bind("", 0.0)
+        except TypeError:
+            raise TypeError(
+                f"{function}: rate must be a number, an array, or a function of two, (path, rate) -> rate, got "
+                f"{describe(rate)}. Of a schedule pass schedule(step)."
+            ) from None
 
 
 def floats(value: Any) -> np.ndarray:

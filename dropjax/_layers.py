@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 from dropjax import _checks, sharding
@@ -24,16 +27,25 @@ def declared(layer: type) -> Mapping[str, Any]:
 
 
 def check(layer: Any, name: str, value: Any) -> None:
-    """Checks a declared field: a number in the range of its function's argument, a flag, one of several words."""
+    """Checks a declared field: a number in its function's range, an integer, a flag, a known word or a module."""
     cls: Any = type(layer)
     kind, of_layer = declared(cls)[name], cls.__name__
     function = getattr(layer, "_ranges", "") or getattr(getattr(layer, "_function", None), "__name__", "")
     if kind is bool:
         _checks.flag(of_layer, name, value)
+    elif kind is float and isinstance(value, Array | np.ndarray):
+        raise TypeError(f"{of_layer}: {name} must be a number, got {_checks.describe(value)}. Pass float(value).")
     elif kind is float or (kind in NUMBERS and not (value is None and kind != ArrayLike)):
         _checks.field(of_layer, function, name, value)
+    elif kind is int or (kind == int | None and value is not None):
+        least = -sys.maxsize if name.endswith("_axis") else int(name == "num_masks")
+        _checks.integer(of_layer, name, value, least)
     elif kind is str and name != "rng_collection":
         _checks.choice(function, name, value, of_layer)
+    elif name == "module" and not isinstance(value, kind):
+        framework = "nnx" if "nnx" in kind.__module__ else "linen"
+        remedy = " Build it." if isinstance(value, type) else ""
+        raise TypeError(f"{of_layer}: module must be a flax.{framework}.Module, got {_checks.describe(value)}.{remedy}")
 
 
 def unmoved(layer: Any, start: Any, inputs: Any) -> None:

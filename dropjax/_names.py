@@ -265,8 +265,10 @@ def missing(module: str, name: str) -> str | None:
     if not (near := difflib.get_close_matches(_plain(name), alike, n=1, cutoff=0.8)):
         return None
     meant = alike[near[0]]
-    ours = meant in HOMES.get(module, [])
-    return f"{module} has no {name}. Did you mean {module}.{meant}?" if ours else missing(module, meant)
+    if meant in HOMES.get(module, []):
+        return f"{module} has no {name}. Did you mean {module}.{meant}?"
+    what = str(missing(module, meant)).removeprefix(f"{module} has no {meant}: ")
+    return f"{module} has no {name}. Did you mean {meant}? {re.sub('^it is', 'It is', what)}"
 
 
 def _here(module: str, row: Name) -> str:

@@ -49,10 +49,11 @@ def test_layers_raise_the_errors_of_their_function(name):
         lambda layer: layer(0.5)(X),
         lambda layer: layer(0.5, deterministic=None)(X),
         lambda layer: layer(0.5, rngs=3),
+        lambda layer: layer(0.5, rngs={"dropout": KEY}),
         lambda layer: layer(0.5)(X, rngs="key"),
         lambda layer: layer(0.5, rngs=nnx.Rngs(params=0)),
     ],
-    ids=["no rngs", "no deterministic", "wrong rngs", "wrong rngs at the call", "no such stream"],
+    ids=["no rngs", "no deterministic", "wrong rngs", "a mapping", "wrong rngs at the call", "no such stream"],
 )
 def test_nnx_errors_are_those_of_flax(call):
     raised = []

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dropjax.linen
+from dropjax._layers import declared
 from tests.linen_layers import KEY, LAYERS, RATED, build, deterministic, inputs, rate_of, variables
 from tests.test_errors import raises
 
@@ -101,9 +102,8 @@ def test_rates_are_checked_when_a_layer_is_built(name):
     for value in bad:
         wrong = float(np.asarray(value).flat[-1])
         raises(ValueError, f"{name}: {field} must be in [0, {high}, got {wrong}", build, name, value)
-    for value in ["half", [0.5], (0.5,), True, 1j, object(), np.array("a"), np.array(True), jnp.array(1j), KEY] + [None] * (
-        name != "TokenDropout"
-    ):
+    none = [None] * (name != "TokenDropout")
+    for value in ["half", [0.5], (0.5,), True, 1j, object(), np.array("a"), np.array(True), jnp.array(1j), KEY, *none]:
         raises(TypeError, f"{name}: {field} must be a number or a float array, got ", build, name, value)
     for value in [0, 0.5, np.float32(0.25), np.full((2, 1), 0.5), jnp.float32(7), jnp.bfloat16(0.5)]:
         assert getattr(build(name, value), field) is value  # arrays of JAX are checked at the call
@@ -120,7 +120,7 @@ def test_rates_are_checked_when_a_layer_is_built(name):
         ("SpatialDropout", "generator", None, "generator must be one of ('mix', 'threefry'), got None"),
         ("DropPath", "mode", "rows", "mode must be one of ('row', 'batch'), got 'rows' (str)."),
         ("MaskFeature", "mode", "cols", "mode must be one of ('all', 'row', 'col'), got 'cols' (str)."),
-        ("MaskFeature", "fill_value", np.nan, "fill_value must be in [-inf, inf], got nan."),
+        ("MaskFeature", "fill_value", np.nan, "fill_value must be in (-inf, inf), got nan."),
         ("DropBlock", "normalize", "none", "normalize must be one of ('expected', 'example', 'batch'), got 'none'"),
         ("TargetedDropout", "kind", "row", "kind must be one of ('weight', 'unit'), got 'row' (str)."),
         ("TargetedDropout", "targeted", 50, "targeted must be in [0, 1], got 50.0. For a percentage, pass 0.5."),
@@ -153,6 +153,20 @@ def test_flags_are_checked_when_a_layer_is_built(name):
             raises(
                 TypeError, f"{name}: {field.name} must be True or False, got 'no'", build, name, **{field.name: "no"}
             )
+
+
+@every
+def test_integers_and_modules_are_checked_when_a_layer_is_built(name):
+    for field, kind in declared(getattr(dropjax.linen, name)).items():
+        if kind in (int, int | None):
+            raises(TypeError, f"{name}: {field} must be an integer, got 1.5.", build, name, **{field: 1.5})
+        if field.endswith("features") or field.startswith("num_"):
+            raises(ValueError, f"{name}: {field} must be at least ", build, name, **{field: -1})
+        if kind is float:
+            raises(TypeError, f"{name}: {field} must be a number, got ", build, name, **{field: jnp.float32(1)})
+        if kind is nn.Module:
+            for wrong in (nn.Dense, lambda x: x, None):  # a class would take the inputs for its fields
+                raises(TypeError, f"{name}: {field} must be a flax.linen.Module, got ", build, name, **{field: wrong})
 
 
 def test_fields_of_a_subclass_are_its_own():
@@ -204,6 +218,26 @@ def test_layers_are_hashed_with_lists_and_mappings(name):
     assert layer == build(
         name, **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     )
+
+
+class Table(nn.Module):
+    table: jax.Array
+    layers: tuple | list = ()
+
+
+@pytest.mark.parametrize("name", ["LayerDrop", "WeightDrop"])
+def test_wrappers_are_values_whatever_they_wrap(name):
+    """Arrays, lists and mappings in the fields of a module, and of the modules in it."""
+
+    def make(value):
+        table = Table(jnp.full(3, value), [nn.Dense(2), {"a": np.full(2, value)}])
+        return build(name, module=nn.Sequential([nn.Dense(3), Table(np.zeros(2), (table,))]))
+
+    layer = make(0.5)
+    assert layer == make(0.5) == copy.deepcopy(layer) == layer.clone()
+    assert layer != make(0.25)
+    assert hash(layer) == hash(make(0.5))
+    assert hash(layer) != hash(make(0.25))
 
 
 class Holder(nn.Module):

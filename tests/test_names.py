@@ -114,9 +114,10 @@ def test_our_names_in_another_module(package):
         ("dropjax", "droput", "Did you mean dropjax.dropout?"),
         ("dropjax", "drop_paths", "Did you mean dropjax.drop_path?"),
         ("dropjax.nnx", "dropPath", "Did you mean dropjax.nnx.DropPath?"),
-        ("dropjax.nnx", "Dropout_2d", "dropjax.nnx has no Dropout2d: PyTorch's Dropout2d is dropjax.spatial_dropout"),
+        ("dropjax.nnx", "Dropout_2d", "Did you mean Dropout2d? PyTorch's Dropout2d is dropjax.spatial_dropout, as"),
         ("dropjax.mc", "clasify", "Did you mean dropjax.mc.classify?"),
-        ("dropjax", "clasify", "it is dropjax.mc.classify."),
+        ("dropjax", "clasify", "dropjax has no clasify. Did you mean classify? It is dropjax.mc.classify."),
+        ("dropjax", "Cutout", "dropjax has no Cutout. Did you mean Uout? Uout is dropjax.uniform_dropout"),
         ("dropjax.nnx", "Linear", "dropjax.nnx has no Linear: it is flax.nnx.Linear."),
         ("dropjax.linen", "Dense", "dropjax.linen has no Dense: it is flax.linen.Dense."),
         ("dropjax", "something", "module 'dropjax' has no attribute 'something'"),
@@ -321,6 +322,20 @@ def test_the_order_is_stated_only_where_it_may_help(args, options):
     with pytest.raises((TypeError, ValueError)) as caught:
         dropjax.dropout(*args, **options)
     assert "order" not in str(caught.value)
+
+
+def test_the_order_is_stated_where_an_array_is_given_for_the_key():
+    """As in the libraries whose functions begin with x."""
+    for function, args in [
+        (dropjax.dropout, (X, 0.5, True)),
+        (dropjax.drop_block, (X, 0.1, 7)),
+        (dropjax.token_dropout, (X, 0.5)),
+        (dropjax.embedding_dropout, (X, np.array([0]), 0.1)),
+        (dropjax.standout, (X, X, X)),
+    ]:
+        order = rf"^{function.__name__}: .* The order of the arguments is key, x"
+        with pytest.raises((TypeError, ValueError), match=order):
+            function(*args)
 
 
 def test_missing_and_extra_arguments():

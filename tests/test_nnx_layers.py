@@ -20,6 +20,7 @@ from dropjax._layers import declared
 from dropjax.nnx.base import Stochastic
 from tests.test_errors import raises
 from tests.test_nnx_rates import KEY, LAYERS, ROWS
+from tests.test_nnx_rates import build as build_with
 
 SIZES = {
     "LayerDrop": lambda: (nnx.Linear(4, 4, rngs=nnx.Rngs(1)), 0.5),
@@ -103,6 +104,7 @@ BAD = [
     (-(10**400), ValueError, "got -inf."),
 ]
 RANGES = {"GaussianNoise.stddev": (-0.1, -(10**400)), "Standout.alpha": (np.nan,), "Standout.beta": (np.nan,)}
+RANGES |= {f"{n}.{f}": (np.nan,) for n, f in ROWS if f == "threshold" or f.startswith("initial_log")}
 TAKES_NONE = "TokenDropout"
 
 
@@ -153,6 +155,21 @@ def test_bad_words_do_not_pass_construction(name, field, value):
 def test_bad_flags_do_not_pass_construction(name, field):
     raises(TypeError, f"{name}: {field} must be True or False, got 'no' (str).", build, name, **{field: "no"})
     raises(TypeError, f"{name}: {field} must be True or False, got 1.", build, name, **{field: 1})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bad_integers_do_not_pass_construction(name):
+    for field, kind in declared(LAYERS[name]).items():
+        if kind in (int, int | None):
+            for value in (1.5, "last", True):
+                raises(TypeError, f"{name}: {field} must be an integer, got ", build_with, name, field, value)
+            if not field.endswith("_axis"):
+                raises(ValueError, f"{name}: {field} must be at least 0, got -1.", build_with, name, field, -1)
+
+
+def test_what_is_part_of_the_program_is_no_array():
+    for value in (jnp.float32(1), np.array(1.0)):
+        raises(TypeError, "MaskFeature: fill_value must be a number, got ", build, "MaskFeature", fill_value=value)
 
 
 STARTS = [(3, TypeError, "start must be a mapping"), ({9: 0}, ValueError, "start must be in")]

@@ -23,7 +23,9 @@ from tests.test_errors import raises
 
 LAYERS = {n: c for n, c in vars(dropjax.nnx).items() if inspect.isclass(c) and issubclass(c, Stochastic)}
 ROWS = [(n, f.name) for n, c in LAYERS.items() for f in dataclasses.fields(c) if f.type == ArrayLike]
+LATER = [(n, f) for n, f in ROWS if f != "threshold" and not f.startswith("initial_")]  # used in training, at each call
 every = pytest.mark.parametrize(("name", "field"), ROWS, ids=[f"{n}.{f}" for n, f in ROWS])
+later = pytest.mark.parametrize(("name", "field"), LATER, ids=[f"{n}.{f}" for n, f in LATER])
 KEY = jax.random.key(3)
 RANKS = {"SpatialDropout1D": 3, "SpatialDropout3D": 5, "LayerDrop": 2, "WeightDrop": 2}
 
@@ -39,6 +41,8 @@ def build(name, field, value, rngs=None):
     """A layer whose field has a value; those that have no rate besides have 0.5."""
     rngs = nnx.Rngs(0) if rngs is None else rngs
     fields = {"rate": 0.5} if "rate" in LAYERS[name].__dataclass_fields__ else {}
+    if "in_features" in LAYERS[name].__dataclass_fields__:
+        fields |= {"in_features": 4, "out_features": 4}
     if name in ("LayerDrop", "WeightDrop"):
         fields["module"] = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(7))
     if name == "WeightDrop":
@@ -57,8 +61,10 @@ def near(y, expected):
 
 
 def test_the_table_has_every_field_that_may_be_an_array():
-    kinds = {field for _, field in ROWS}
+    kinds = {field for _, field in LATER}
     assert kinds == {"rate", "stddev", "beta", "alpha", "targeted", "temperature"}
+    first = {"initial_rate", "initial_log_alpha", "initial_log_sigma2", "threshold"}
+    assert {field for _, field in ROWS} - kinds == first
     assert len(ROWS) > 20
 
 
@@ -105,7 +111,17 @@ class Call(nnx.Module):
         return call(self.layer)
 
 
-@every
+@pytest.mark.parametrize(("name", "field"), sorted({*ROWS} - {*LATER}))
+def test_what_a_layer_begins_with_may_be_traced(name, field):
+    layer = nnx.jit(lambda value: build(name, field, value))(jnp.float32(0.25))
+    number = build(name, field, 0.25)
+    for mode in ({"rngs": KEY}, {"deterministic": True}):
+        near(call(layer, **mode), call(number, **mode))
+        near(nnx.jit(lambda layer: call(layer, **mode))(layer), call(number, **mode))  # noqa: B023
+    assert float(getattr(layer, field)) == 0.25
+
+
+@later
 def test_a_field_that_is_set_in_a_jitted_step(name, field):
     """Traced twice, since an array takes the place of a number, and no more; the value stays behind."""
     layer, traces = build(name, field, 0.5), []
@@ -125,7 +141,7 @@ def test_a_field_that_is_set_in_a_jitted_step(name, field):
     assert len(traces) == 2
 
 
-@every
+@later
 def test_a_stack_has_a_value_for_each_layer(name, field):
     values = jnp.array([0.25, 0.75], jnp.float32)
 
@@ -291,7 +307,7 @@ def test_a_model_whose_layers_were_given_one_array_is_donated():
         set_rates(model, rate)
 
 
-@every
+@later
 def test_an_abstract_model_takes_an_abstract_rate(name, field):
     abstract = nnx.eval_shape(lambda: build(name, field, jnp.float32(0.5)))
     shape = jax.ShapeDtypeStruct((), jnp.float32)
@@ -347,6 +363,26 @@ def test_a_stack_for_a_scan(first):
     inside = nnx.scan(lambda x, layer, rate: set_rates(layer, rate)(x), in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
     near(inside(X, layers, jnp.ones(3)), X)
     np.testing.assert_array_equal(layers.drop.rate[...], jnp.ones(3))
+
+
+def test_a_stack_whose_layers_have_no_stream():
+    """What is beside them shows how many they are."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        linear = nnx.Linear(4, 4, rngs=rngs)
+        return nnx.Dict(skip=LayerDrop(nnx.Sequential(linear), 0.5), drop=Dropout(0.5), linear=linear)
+
+    layers, keys = make(nnx.Rngs(0)), jax.random.split(KEY, 3)
+    run = nnx.scan(
+        lambda x, layer, key: layer["skip"](layer["drop"](x, rngs=key) + 1, rngs=key),
+        in_axes=(nnx.Carry, 0, 0),
+        out_axes=nnx.Carry,
+    )
+    near(run(X, set_rates(layers, jnp.float32(1)), keys), X)
+    near(run(X, set_rates(layers, lambda path, rate: jnp.float32(path == "skip")), keys), X + 3)
+    assert layers["skip"].rate.shape == layers["drop"].rate.shape == (3,)
 
 
 def test_layers_of_flax_take_what_is_known():

@@ -179,6 +179,9 @@ def test_what_a_module_must_not_do():
     for rate in (0.5, 1.0):
         raises(ValueError, static, LayerDrop(Counts(), rate), X, rngs=KEPT)
         raises(ValueError, "got {('last',)}.", LayerDrop(Makes(), rate), X, rngs=LEFT)
+    for wrong in (lambda x: x, nnx.Linear, [nnx.Linear(4, 4, rngs=nnx.Rngs(0))], None):
+        raises(TypeError, "LayerDrop: module must be a flax.nnx.Module, got ", drop, wrong)
+        raises(TypeError, "WeightDrop: module must be a flax.nnx.Module, got ", weigh, wrong)
     shape = "LayerDrop: fn must return the structure, shapes and dtypes of x"
     for rate in (0.5, 1.0):
         raises(ValueError, shape, LayerDrop(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rate), X, rngs=LEFT)

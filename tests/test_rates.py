@@ -205,6 +205,13 @@ def test_inner_contexts_and_numbers_around_a_jitted_function(key):
     np.testing.assert_array_equal(run(), own)
 
 
+def test_an_outer_context_is_content_where_an_inner_rate_holds(key):
+    run = jax.jit(lambda: dropjax.linen.Dropout(0.1, deterministic=False).apply({}, X, rngs={"dropout": key}))
+    for inner in (1.0, 1.0, jnp.float32(1), lambda path, rate: 1.0):  # the second is not traced anew
+        with with_rates(lambda path, rate: rate), with_rates(inner):
+            np.testing.assert_array_equal(run(), 0 * X)
+
+
 def test_bad_calls():
     for rate, error in [("0.5", TypeError), (True, TypeError), (None, TypeError), (nn.Dropout(0.5), TypeError)]:
         with pytest.raises(error, match="with_rates: rate must be a number or a float array"):
@@ -212,6 +219,10 @@ def test_bad_calls():
     for rate in [1.5, -0.1, np.nan, jnp.float32(2)]:
         with pytest.raises(ValueError, match=r"with_rates: rate must be in \[0, 1\]"):
             with_rates(rate)
+    for of in [dropjax.schedules.linear(0.0, 0.5, 10), lambda: 0.5, lambda rate: rate]:
+        for set_rates in (with_rates, lambda rate: dropjax.nnx.set_rates(dropjax.nnx.Dropout(0.5), rate)):
+            with pytest.raises(TypeError, match=r"_rates: rate must be .* of two, .* schedule\(step\)"):
+                set_rates(of)
     with pytest.raises(
         ValueError, match=r"with_rates: rate must be a number or a scalar array, got float32\[3\]. For other"
     ):
@@ -220,8 +231,8 @@ def test_bad_calls():
     out = pytest.raises(ValueError, match=r"with_rates: the returned rate must be in \[0, 1\]")
     with out, with_rates(lambda path, rate: 5):
         layer.apply({}, X, rngs={"dropout": jax.random.key(0)})
-    none = pytest.raises(ValueError, match="with_rates: model must call a layer with a rate inside the context, got none")
-    for rate in [0.77, jnp.float32(0.5), lambda path, rate: 0.5]:
+    none = pytest.raises(ValueError, match="with_rates: model must call a layer with a rate inside the context, got no")
+    for rate in [0.77, jnp.float32(0.79), lambda path, rate: 0.5]:
         with none, with_rates(rate):
             pass
 

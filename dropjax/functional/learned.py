@@ -146,13 +146,13 @@ def learned(parameter: Rate, dtype: Any) -> Array:
     return jnp.asarray(parameter.value if isinstance(parameter, Fixed) else parameter, dtype)
 
 
-def logits(function: str, rate: float, shape: int | Sequence[int]) -> Array:
+def logits(function: str, rate: ArrayLike, shape: int | Sequence[int]) -> Array:
     """The first value of a `rate_logit`, float32 `[*shape]`."""
     first = _checks.rate(function, rate, (), argument="initial_rate", range="(0, 1)")
     return jnp.full(_checks.shape(function, shape), jax.scipy.special.logit(learned(first, jnp.float32)))
 
 
-def log_variances(function: str, argument: str, value: float, shape: int | Sequence[int]) -> Array:
+def log_variances(function: str, argument: str, value: ArrayLike, shape: int | Sequence[int]) -> Array:
     """The first value of a `log_alpha` or `log_sigma2`, float32 `[*shape]`."""
     first = _checks.real(function, argument, value, "(-inf, inf)")
     if first.ndim:
@@ -160,7 +160,7 @@ def log_variances(function: str, argument: str, value: float, shape: int | Seque
     return jnp.full(_checks.shape(function, shape), first, jnp.float32)
 
 
-def noise(function: str, argument: str, value: float, per: str, shape: tuple[int, int]) -> Array:
+def noise(function: str, argument: str, value: ArrayLike, per: str, shape: tuple[int, int]) -> Array:
     """The first value of the noise of a kernel's weights, float32: one for each weight, unit or layer."""
     shapes = {"weight": shape, "unit": (shape[0], 1), "layer": ()}
     if per not in shapes:

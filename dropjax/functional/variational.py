@@ -256,7 +256,7 @@ def _log_alpha(function: str, kernel: ArrayLike, log_sigma2: ArrayLike) -> tuple
 
 
 @_arguments.public
-def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
+def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: ArrayLike = 3.0) -> Array:
     """Returns the kernel without those weights that are mostly noise: 0 where log alpha is above the threshold.
 
     At log alpha = 3 a weight has 20 times as much variance as its square: it is dropped at a rate of 0.95.
@@ -285,7 +285,7 @@ def sparse_kernel(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float 
 
 
 @_arguments.public
-def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: float = 3.0) -> Array:
+def sparsity(kernel: ArrayLike, log_sigma2: ArrayLike, *, threshold: ArrayLike = 3.0) -> Array:
     """Returns the share of weights that `sparse_kernel` sets to 0.
 
     Args:

@@ -39,7 +39,7 @@ class ConcreteDropout(Layer):
       >>> kl = divergences.concrete_dropout_kl(variables["params"]["rate_logit"], jnp.ones((3, 4)))
     """
 
-    initial_rate: float = 0.1
+    initial_rate: ArrayLike = 0.1
     temperature: ArrayLike = 0.1
     broadcast_dims: Sequence[int] = ()
     shape: int | Sequence[int] = ()
@@ -63,7 +63,7 @@ class VariationalGaussianDropout(Layer):
       shape: of `log_alpha`, which broadcasts against the inputs: `()` for one, `(features,)` for one each.
     """
 
-    initial_log_alpha: float = -2.2
+    initial_log_alpha: ArrayLike = -2.2
     broadcast_dims: Sequence[int] = ()
     shape: int | Sequence[int] = ()
 
@@ -152,7 +152,7 @@ class VariationalDense(_Dense):
       initial_log_alpha: a number; -2.2 is dropout's noise at a rate of 0.1.
     """
 
-    initial_log_alpha: float = -2.2
+    initial_log_alpha: ArrayLike = -2.2
     _function = staticmethod(variational.variational_dense)
     _noise = "log_alpha"
 
@@ -180,8 +180,8 @@ class SparseVariationalDense(_Dense):
       >>> kl = sum(jax.tree.leaves(changed["losses"]))
     """
 
-    initial_log_sigma2: float = -10.0
-    threshold: float = 3.0
+    initial_log_sigma2: ArrayLike = -10.0
+    threshold: ArrayLike = 3.0
     _function = staticmethod(variational.sparse_variational_dense)
     _noise = "log_sigma2"
 

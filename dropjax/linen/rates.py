@@ -62,6 +62,8 @@ def with_rates(rate: ArrayLike | Callable[[str, Any], ArrayLike]) -> contextlib.
         _checks.rate("with_rates", rate, ())
         if not _checks.is_traced(rate):
             rate = float(rate)  # type: ignore[arg-type]  # checked
+    else:
+        _checks.of_layers("with_rates", rate)
     return _with_rates(rate)
 
 
@@ -97,7 +99,10 @@ def _with_rates(rate: Any) -> Iterator[None]:
         _setting.reset(token)
     if setting.met and isinstance(rate, float):
         _met_before.add(rate)
-    if not setting.met and not (isinstance(rate, float) and rate in _met_before):
+    met = setting.met or (isinstance(rate, float) and rate in _met_before)
+    if (outer := _setting.get()) is not None:
+        outer.met |= met
+    if not met:
         raise ValueError(
             "with_rates: model must call a layer with a rate inside the context, got none. Set are the "
             "layers of dropjax.linen, and Flax's where replace_flax or mc_apply holds, too."

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -52,7 +52,18 @@ def _values(layer: Any) -> list[Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """The value, or what stands for an array in comparisons and hashes."""
+    """The value, or what stands for it in comparisons and hashes: for an array, also in a module or in a list."""
+    if isinstance(value, nn.Module):
+        fields = [field.name for field in dataclasses.fields(value) if field.compare and field.name != "parent"]
+        return type(value), *(_frozen(getattr(value, name)) for name in fields)
+    if isinstance(value, list | tuple):
+        return type(value), *map(_frozen, value)
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(of)) for key, of in value.items())
+    return frozenset(value) if isinstance(value, set) else _without_array(value)
+
+
+def _without_array(value: Any) -> Any:
     if not isinstance(value, Array | np.ndarray):
         return value.item() if isinstance(value, np.generic) else value
     if _checks.is_traced(value) or not getattr(value, "is_fully_addressable", True):
@@ -73,6 +84,6 @@ class _Fingerprint:
             if field.name not in ("parent", "name"):
                 value = getattr(layer, field.name)
                 # An address may come again, and nn.jit keeps hashes alone; Flax's number of a module does not.
-                yield layer._id if _checks.is_traced(value) else _frozen(value)
+                yield layer._id if _checks.is_traced(value) else _without_array(value)
         if layer.scope is not None:
             yield repr(layer.scope.rng_counters)

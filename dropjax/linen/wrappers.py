@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _checks, sharding
+from dropjax import sharding
 from dropjax.functional import depth, ensembles, weights
 from dropjax.linen.base import Layer, key_from_stream, key_of
 from dropjax.linen.values import Value
@@ -245,10 +245,6 @@ class Masksembles(Value):
     batch_axis: int = 0
     channel_axis: int = -1
     _ranges = "masksembles_masks"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _checks.integer("Masksembles", "num_masks", self.num_masks, 1)
 
     @nn.compact
     def __call__(self, inputs: ArrayLike, members: ArrayLike | None = None) -> Array:

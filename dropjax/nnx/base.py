@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -69,6 +69,8 @@ class Stochastic(nnx.Module):
         self.rngs = nnx.data(flax.rngs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rngs" and isinstance(value, Mapping | Sequence):
+            FlaxDropout(0.5, rngs=value)  # type: ignore[arg-type]  # raises Flax's own error
         kind = _layers.declared(type(self)).get(name)
         if kind is not None and not isinstance(value, nnx.Variable | dataclasses.Field):  # a field: of nnx.data
             _layers.check(self, name, value)
@@ -190,7 +192,7 @@ def _array(value: Any, shape: tuple[int, ...]) -> Array:
     It is a copy, so that a model whose layers were given one array can be donated.
     """
     if isinstance(value, jax.ShapeDtypeStruct):
-        return value
+        return value  # type: ignore[return-value]  # it stands for one
     value = jnp.array(value, jnp.float32)
     try:
         return jnp.broadcast_to(value, shape)

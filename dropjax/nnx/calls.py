@@ -41,12 +41,10 @@ class TokenDropout(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         sequences.one_of(self.rate, self.num_keep)
-        for name in ("num_keep", "num_prefix_tokens"):
-            if getattr(self, name) is not None:
-                _checks.integer("TokenDropout", name, getattr(self, name), 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rate" and value is not None:
+            _layers.check(self, name, value)
             if _checks.is_traced(value) or np.ndim(value):
                 raise TypeError(
                     f"TokenDropout: rate must be one number that is known while tracing, since it makes a length, got "

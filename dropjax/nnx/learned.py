@@ -39,7 +39,7 @@ class ConcreteDropout(Layer):
       >>> kl = divergences.concrete_dropout_kl(layer.rate_logit, following.kernel)
     """
 
-    initial_rate: float = 0.1
+    initial_rate: ArrayLike = 0.1
     _: dataclasses.KW_ONLY
     temperature: ArrayLike = 0.1
     broadcast_dims: Sequence[int] = ()
@@ -48,7 +48,7 @@ class ConcreteDropout(Layer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rate_logit = nnx.Param(learned.logits("ConcreteDropout", self.initial_rate, self.shape))
+        self.rate_logit = nnx.Param(learned.logits("ConcreteDropout", self._field("initial_rate"), self.shape))
 
 
 @nnx.dataclass(eq=False)
@@ -63,7 +63,7 @@ class VariationalGaussianDropout(Layer):
       shape: of `log_alpha`, which broadcasts against the inputs: `()` for one, `(features,)` for one each.
     """
 
-    initial_log_alpha: float = -2.2
+    initial_log_alpha: ArrayLike = -2.2
     _: dataclasses.KW_ONLY
     broadcast_dims: Sequence[int] = ()
     shape: int | Sequence[int] = ()
@@ -72,7 +72,7 @@ class VariationalGaussianDropout(Layer):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = "VariationalGaussianDropout"
-        first = learned.log_variances(name, "initial_log_alpha", self.initial_log_alpha, self.shape)
+        first = learned.log_variances(name, "initial_log_alpha", self._field("initial_log_alpha"), self.shape)
         self.log_alpha = nnx.Param(first)
 
 
@@ -99,7 +99,7 @@ class _Dense(Layer):
         super().__post_init__()
         self.kernel = nnx.Param(kernel_init(streams.params(), shape, jnp.float32))
         first = f"initial_{self._noise}"
-        noise = learned.noise(type(self).__name__, first, getattr(self, first), self.per, shape)
+        noise = learned.noise(type(self).__name__, first, self._field(first), self.per, shape)
         setattr(self, self._noise, nnx.Param(noise))
         bias = bias_init(streams.params(), shape[1:], jnp.float32) if self.use_bias else None
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
@@ -169,7 +169,7 @@ class VariationalDense(_Dense):
     """
 
     _: dataclasses.KW_ONLY
-    initial_log_alpha: float = -2.2
+    initial_log_alpha: ArrayLike = -2.2
     _function = staticmethod(variational.variational_dense)
     _noise = "log_alpha"
 
@@ -197,14 +197,14 @@ class SparseVariationalDense(_Dense):
     """
 
     _: dataclasses.KW_ONLY
-    initial_log_sigma2: float = -10.0
-    threshold: float = 3.0
+    initial_log_sigma2: ArrayLike = -10.0
+    threshold: ArrayLike = 3.0
     _function = staticmethod(variational.sparse_variational_dense)
     _noise = "log_sigma2"
 
     def mean_kernel(self) -> Array:
         """Returns the kernel without weights that are mostly noise, as in evaluation."""
-        return variational.sparse_kernel(self.kernel[...], self._noise_of_weights(), threshold=self.threshold)
+        return variational.sparse_kernel(self.kernel[...], self._noise_of_weights(), threshold=self._field("threshold"))
 
     def log_alpha_of_weights(self) -> Array:
         """Returns the log variance of the noise relative to the kernel."""

@@ -135,7 +135,7 @@ def _checks_of_model(function: str, model: Any, masks: str) -> None:
 
 def _view(module: _Model, key: Array, masks: str, paths: bool = False) -> tuple[_Model, _drawing.Record, int]:
     """The copy, what of it has a rate and does not draw, and how many modules draw."""
-    copy = nnx.clone(module)
+    copy: Any = nnx.clone(module)
     copy.eval()
     record, count, shared = _drawing.Record(), 0, masks == "shared"
     modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(copy)}

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
 from jax.typing import ArrayLike
 
 from dropjax import _arguments, _checks
+from dropjax.nnx import stacks
 from dropjax.nnx.base import FlaxDropout, Stochastic
 from dropjax.nnx.calls import TokenDropout
 
@@ -22,7 +24,7 @@ def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) 
     An array, which may be traced, is data of the model from then on, a `Rate`: other values do not compile a jitted
     step again. The first array that takes the place of a number changes the structure of the model, so that a step
     compiles twice: set an array before the first step, or build the layers with one. In a stack of layers for a scan
-    each layer gets the rate.
+    each layer gets the rate; where they have no stream, what is beside them shows how many they are.
 
     Args:
       model: an `nnx.Module` with layers of `dropjax.nnx` that have a field `rate`, also within others, or with Flax's
@@ -44,12 +46,16 @@ def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) 
       [0.25, 0.2]
     """
     rate = rate.get_value() if isinstance(rate, nnx.Variable) else rate
+    if callable(rate):
+        _checks.of_layers("set_rates", rate)
     changes = []
-    for path, module in nnx.iter_modules(model):
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    stacked = stacks.shapes(modules)
+    for where, module in modules.items():
         if not isinstance(module, nnx.MultiHeadAttention | Stochastic | FlaxDropout):
             continue
         name = "dropout_rate" if isinstance(module, nnx.MultiHeadAttention) else "rate"
-        where, old = "/".join(map(str, path)), getattr(module, name, None)
+        old = getattr(module, name, None)
         if old is None:
             continue
         new: Any = rate
@@ -59,6 +65,8 @@ def set_rates(model: _Model, rate: ArrayLike | Callable[[str, Any], ArrayLike]) 
             new = _known(module, where, new)
         function = getattr(getattr(module, "_function", None), "__name__", "")
         _checks.field("set_rates", function, "rate", new)
+        if _checks.is_array(new) and new.ndim == 0 and stacked[where]:
+            new = jnp.full(stacked[where], new, jnp.float32)
         changes.append((module, name, new))
     if not changes:
         raise ValueError("set_rates: model must have a layer with a rate, got none.")

@@ -2,7 +2,6 @@
 
 import copyreg
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
