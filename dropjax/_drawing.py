@@ -99,12 +99,12 @@ def none_drawn(function: str, missed: Iterable[Draw]) -> ValueError:
     )
 
 
-def no_key(function: str, kind: type) -> ValueError:
+def no_key(function: str, kind: type, remedy: str) -> ValueError:
     """The error of attention that a module calls inside a transformation of JAX."""
     return ValueError(
-        f"{function}: attention must be called by {kind.__name__} itself, got a call inside a "
-        "transformation of JAX, such as jax.jit, which cannot take a key from the module. Use that of "
-        "Flax, such as nn.jit; or call the model as for training, if it passes a key to the function then."
+        f"{function}: attention must be called by {kind.__name__} itself, got a call inside a transformation of JAX, "
+        "such as jax.jit, which cannot take a key from the module. Use that of Flax and pass it the module, "
+        f"{remedy}; or call the model as for training, if it passes a key to the function then."
     )
 
 

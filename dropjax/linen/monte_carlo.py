@@ -1,8 +1,9 @@
 """Any Linen model, unchanged, with its dropout on and everything else in evaluation."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -72,16 +73,17 @@ def mc_apply(
     _checks_of_masks("mc_apply", masks)
     key = _checks.key("mc_apply", key)
     streams = {"dropout": key, **(rngs or {})}
-    apply = functools.partial(module.apply, variables, *args, rngs=streams, method=method, **kwargs)
-    result, record = _run(apply, masks, ("mc_apply", masks))
+    apply = functools.partial(module.apply, variables, *args, rngs=streams, **kwargs)
+    result, record = _run(apply, masks, ("mc_apply", masks), method)
     model = f"{type(module).__module__}.{type(module).__qualname__}"
     suspects = _drawing.not_yet_told(model, record.missed())
     if suspects or not record.drawn:
         # What a jit inside the model has traced before is not met again: only a new trace sees all.
-        record = _traced(apply, masks)
+        record = _traced(apply, masks, method)
         if not record.drawn:
             raise _drawing.none_drawn("mc_apply", record.missed())
-        _drawing.warn("mc_apply", set(suspects).intersection(record.missed()))
+        missed = {row.path for row in record.missed()}
+        _drawing.warn("mc_apply", [row for row in suspects if row.path in missed])
     return result
 
 
@@ -128,12 +130,12 @@ def mc_draws(
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
     given = {i: leaf for i, leaf in enumerate(leaves) if _checks.is_array(leaf)}
 
-    def apply(given: Mapping[int, Array], key: Array) -> None:
+    def apply(given: Mapping[int, Array], key: Array, method: Any) -> None:
         filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
         variables, args, kwargs = jax.tree.unflatten(structure, filled)
         module.apply(variables, *args, rngs={"dropout": key, **(rngs or {})}, method=method, **kwargs)
 
-    return _traced(apply, masks, given, jax.eval_shape(jax.random.key, 0)).draws()
+    return _traced(apply, masks, method, given, jax.eval_shape(jax.random.key, 0)).draws()
 
 
 def _checks_of_masks(function: str, masks: str) -> None:
@@ -141,18 +143,18 @@ def _checks_of_masks(function: str, masks: str) -> None:
         raise ValueError(f"{function}: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
 
 
-def _run(apply: Callable[[], Any], masks: str, way: Any) -> tuple[Any, _drawing.Record]:
+def _run(apply: Callable[..., Any], masks: str, way: Any, method: Any) -> tuple[Any, _drawing.Record]:
     run = _Run(masks == "shared")
     with nn.intercept_methods(run.intercept), replace.drawing(run.attend, way):
-        return apply(), run.record
+        return apply(method=run.called(method) if inspect.isfunction(method) else method), run.record
 
 
-def _traced(apply: Callable[..., Any], masks: str, *args: Any) -> _drawing.Record:
+def _traced(apply: Callable[..., Any], masks: str, method: Any, *args: Any) -> _drawing.Record:
     """What a call draws, looking into everything that is jitted in it."""
     records: list[_drawing.Record] = []
 
     def trace(*args: Any) -> None:
-        records.append(_run(lambda: apply(*args), masks, object())[1])
+        records.append(_run(functools.partial(apply, *args), masks, object(), method)[1])
 
     jax.eval_shape(trace, *args)
     return records[0]
@@ -182,9 +184,24 @@ class _Run:
             self.record.meet(rates.path(module), type(module), _drawing.named_rate(type(module), vars(module)))
         if isinstance(module, bridge.ToLinen):
             self._meet_nnx(module, args)
+        with self._calling(module):
+            return next_method(*args, **kwargs)
+
+    def called(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that is called in the place of a method, and may call attention itself."""
+
+        @functools.wraps(method)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self._calling(module):
+                return method(module, *args, **kwargs)
+
+        return call
+
+    @contextlib.contextmanager
+    def _calling(self, module: nn.Module) -> Iterator[None]:
         self.callers.append((module, _trace_state()))
         try:
-            return next_method(*args, **kwargs)
+            yield
         finally:
             self.callers.pop()
 
@@ -203,7 +220,7 @@ class _Run:
         jitted = trace != _trace_state() and isinstance(given["query"] + 0, DynamicJaxprTracer)
         key = given["dropout_rng"] if jitted else _key(module, "dropout")
         if key is None:
-            raise _drawing.no_key("mc_apply", type(module))
+            raise _drawing.no_key("mc_apply", type(module), "nn.jit(lambda module, x: ...)(self, x)")
         return _flax_attention.Drop(key, rate, share_batch=self.shared)
 
     def _drop(self, layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Array:
