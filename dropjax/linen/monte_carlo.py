@@ -42,7 +42,8 @@ def mc_apply(
     attention weights where a module calls Flax's `dot_product_attention` or
     `dot_product_attention_weights`, under whatever name. A layer whose `rng_collection` is not in
     `rngs` draws from the stream `dropout`. There is a warning, once, of a module with a dropout
-    rate above 0 that is called and does not draw; `mc_draws` lists what does.
+    rate above 0, or a dropout by its name alone, that is called and does not draw; `mc_draws` lists
+    what does.
 
     Args:
       module: a Linen module.
@@ -62,8 +63,8 @@ def mc_apply(
       What the model returns.
 
     Raises:
-      TypeError, ValueError: if an argument is not as said above, or if no dropout of a rate above 0
-      was met.
+      TypeError, ValueError: if an argument is not as said above, if no dropout of a rate above 0 was
+      met, or if no key reaches it.
 
     Example:
       >>> model = nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=True)])
@@ -268,7 +269,14 @@ def _trace_state() -> Any:
 
 
 def _key(module: Any, collection: str) -> Array:
-    return base.key_from_stream(module, collection if module.has_rng(collection) else "dropout")
+    collection = collection if module.has_rng(collection) else "dropout"
+    if not module.has_rng(collection) and not module.has_rng("params"):  # which Flax takes then
+        raise ValueError(
+            f"mc_apply: {rates.path(module) or type(module).__name__} must get the stream 'dropout', got none. Name it "
+            "in nn.scan or nn.vmap, split_rngs={'params': True, 'dropout': True}; hand it to an apply of its own, "
+            "rngs={'dropout': self.make_rng('dropout')}."
+        )
+    return base.key_from_stream(module, collection)
 
 
 def _draw_shared(layer: Any, given: inspect.BoundArguments) -> Any:
