@@ -245,10 +245,12 @@ def test_subclasses_of_attention(key, kind, args, options):
     np.testing.assert_array_equal(drawn, dropjax.nnx.mc_view(make(nnx.MultiHeadAttention), key)(x))
 
 
-def test_a_function_in_the_place_of_a_method(key):
-    def method(module):
+@pytest.mark.parametrize("make", [lambda of: of, functools.partial, lambda of: type("", (), {"__call__": of})()])
+def test_a_function_in_the_place_of_a_method(key, make):
+    def function(*module):
         return LINEN["in a helper"](deterministic=True, broadcast_dropout=False, dropout_rate=RATE)
 
+    method = make(function)
     drawn = dropjax.linen.mc_apply(nn.Dropout(RATE), {}, key, method=method)
     np.testing.assert_allclose(drawn, expected(Rooted().apply({}, rngs={"dropout": key})), rtol=1e-5, atol=1e-6)
     assert dropjax.linen.mc_draws(nn.Dropout(RATE), {}, method=method) == (("", "Dropout", RATE, True),)

@@ -147,7 +147,7 @@ def _checks_of_masks(function: str, masks: str) -> None:
 def _run(apply: Callable[..., Any], masks: str, way: Any, method: Any) -> tuple[Any, _drawing.Record]:
     run = _Run(masks == "shared")
     with nn.intercept_methods(run.intercept), replace.drawing(run.attend, way):
-        return apply(method=run.called(method) if inspect.isfunction(method) else method), run.record
+        return apply(method=run.called(method)), run.record
 
 
 def _traced(apply: Callable[..., Any], masks: str, method: Any, *args: Any) -> _drawing.Record:
@@ -188,8 +188,10 @@ class _Run:
         with self._calling(module):
             return next_method(*args, **kwargs)
 
-    def called(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that is called in the place of a method, and may call attention itself."""
+    def called(self, method: Any) -> Any:
+        """What is called in the place of a method, a function or a partial, and may call attention itself."""
+        if not callable(method) or isinstance(getattr(method, "__self__", None), nn.Module):
+            return method
 
         @functools.wraps(method)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
