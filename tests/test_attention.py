@@ -243,6 +243,9 @@ def test_subclasses_of_attention(key, kind, args, options):
     x, make = X[:, :, 0], lambda kind: kind(2, 4, **fields, rngs=nnx.Rngs(0))
     drawn = dropjax.nnx.mc_view(make(kind), key)(x, *args, **options)
     np.testing.assert_array_equal(drawn, dropjax.nnx.mc_view(make(nnx.MultiHeadAttention), key)(x))
+    if kind is not HandedOn:
+        with pytest.raises(TypeError, match=r"__call__\(\) got an unexpected keyword argument 'nonsense'"):
+            dropjax.nnx.mc_view(make(kind), key)(x, nonsense=1)
 
 
 @pytest.mark.parametrize("make", [lambda of: of, functools.partial, lambda of: type("", (), {"__call__": of})()])

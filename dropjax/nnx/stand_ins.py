@@ -1,5 +1,6 @@
 """Classes that stand in for those of a model whose source is not touched: subclasses, so that `isinstance` holds."""
 
+import contextlib
 import copyreg
 import functools
 import inspect
@@ -99,9 +100,11 @@ def _attending(
         @functools.wraps(own)
         def method(self: Any, *args: Any, **options: Any) -> Any:
             if overrule:
-                given = call.bind(self, *args, **{name: _EVALUATED.get(name, of) for name, of in options.items()})
-                given.arguments |= {name: of for name, of in _EVALUATED.items() if name in call.parameters}
-                args, options = given.args[1:], given.kwargs
+                given = {name: _EVALUATED.get(name, of) for name, of in options.items()}
+                with contextlib.suppress(TypeError):  # which the method itself raises, with its name
+                    bound = call.bind(self, *args, **given)
+                    bound.arguments |= {name: of for name, of in _EVALUATED.items() if name in call.parameters}
+                    args, options = bound.args[1:], bound.kwargs
             token = _flax_attention.nnx.set(functools.partial(decide, self, how))
             try:
                 with _tracing.traced_as((decide.__name__, how)):
