@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from dropjax import _checks, sharding
@@ -15,6 +16,8 @@ MASKS = ("per_example", "shared")
 _RATES = ("rate", "stddev", "beta")  # names of what drops nothing at 0
 _AXES = ("channel_axis", "head_axis", "token_axis")
 _DROPS = re.compile(r"drop|stochastic_?depth", re.IGNORECASE)
+_KEEPS = re.compile(r"^(keep|survival)_?(prob|probability|rate)$", re.IGNORECASE)
+_LAYERS = re.compile(r"drop_?(out|path|block|connect)|stochastic_?depth", re.IGNORECASE)
 _told: set[tuple[str, str]] = set()
 
 
@@ -26,7 +29,7 @@ class Draw(NamedTuple):
     kind: str
     """The name of its class; for attention weights, that of the module that calls Flax's attention."""
     rate: Any
-    """Its rate (`stddev`, `beta`) if it is one number; else text: `traced`, `learned`, or dtype and shape."""
+    """Its rate (`stddev`, `beta`) if it is one number; else `traced`, `learned`, `unknown`, or dtype and shape."""
     drawn: bool
     """Whether it draws."""
 
@@ -69,7 +72,11 @@ class Record:
 
     def _missed(self) -> Iterator[Draw]:
         for path, row in self.met.items():
-            if not any(path in ("", drew) or drew.startswith(f"{path}/") for drew in self.drawn):
+            inside = f"{path}/" if path else ""
+            holds = any(met != path and met.startswith(inside) for met in self.met)
+            if row.rate == "unknown" and holds:
+                continue  # what it holds has the rate
+            if not any(drew == path or drew.startswith(inside) for drew in self.drawn):
                 yield row
 
 
@@ -99,12 +106,12 @@ def none_drawn(function: str, missed: Iterable[Draw]) -> ValueError:
     )
 
 
-def no_key(function: str, kind: type) -> ValueError:
+def no_key(function: str, kind: type, remedy: str) -> ValueError:
     """The error of attention that a module calls inside a transformation of JAX."""
     return ValueError(
-        f"{function}: attention must be called by {kind.__name__} itself, got a call inside a "
-        "transformation of JAX, such as jax.jit, which cannot take a key from the module. Use that of "
-        "Flax, such as nn.jit; or call the model as for training, if it passes a key to the function then."
+        f"{function}: attention must be called by {kind.__name__} itself, got a call inside a transformation of JAX, "
+        "such as jax.jit, which cannot take a key from the module. Use that of Flax and pass it the module, "
+        f"{remedy}; or call the model as for training, if it passes a key to the function then."
     )
 
 
@@ -113,7 +120,7 @@ def told(rows: Iterable[Draw]) -> str:
     return ", ".join(f"{row.path or 'the model'} ({row.kind}, rate {row.rate})" for row in rows)
 
 
-def named_rate(kind: type, fields: Mapping[str, Any]) -> float | None:
+def named_rate(kind: type, fields: Mapping[str, Any]) -> float | str | None:
     """The dropout rate that a module of a third party names among its fields, if it does.
 
     Args:
@@ -121,18 +128,34 @@ def named_rate(kind: type, fields: Mapping[str, Any]) -> float | None:
       fields: its attributes by name, as `vars` gives them: nothing of the module's own runs.
 
     Returns:
-      The largest number in [0, 1] that is called a rate of dropout. None where there is none; or
-      where it is 0, unless the class calls itself a dropout.
+      The largest number in [0, 1] that is called a rate of dropout, or 1 less what is called one of keeping; a text
+      where only the name of the class shows a dropout, or the rate is traced. None where there is no rate; or where it
+      is 0, unless the class calls itself a dropout.
     """
     is_dropout = any(_DROPS.search(base.__name__) for base in kind.__mro__)
     names = r"^(p|rate|prob|probability)$" if is_dropout else r"^$"
-    rates = [
-        float(value)
-        for name, value in fields.items()
-        if _DROPS.search(name) or re.search(names, name)
-        if isinstance(value, float | np.floating) and 0 <= value <= 1
-    ]
-    return max((rate for rate in rates if rate or is_dropout), default=None)
+    rates = []
+    for name, value in fields.items():
+        keeps = _KEEPS.search(name) is not None
+        if not (keeps or _DROPS.search(name) or re.search(names, name)):
+            continue
+        value = value.get_value() if isinstance(value, nnx.Variable) else value
+        if not _is_float(value):
+            continue
+        if not _checks.is_known(value):
+            return "traced"
+        number = np.asarray(value).item()
+        if 0 <= number <= 1:
+            rates.append(round(1 - number, 6) if keeps else number)
+    unknown = "unknown" if any(_LAYERS.search(base.__name__) for base in kind.__mro__) and not rates else None
+    return max((rate for rate in rates if rate or is_dropout), default=unknown)
+
+
+def _is_float(value: Any) -> bool:
+    if isinstance(value, float):
+        return True
+    array = _checks.is_array(value) or isinstance(value, np.generic)
+    return array and not value.shape and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def rate_of(layer: Any) -> Any:
@@ -156,8 +179,8 @@ def is_zero(rate: Any) -> bool:
 
 
 def _shown(rate: Any) -> Any:
-    if rate is None:
-        return "learned"
+    if rate is None or isinstance(rate, str):
+        return rate or "learned"
     if is_zero(rate):
         return 0.0
     if np.ndim(rate):

@@ -183,6 +183,87 @@ def test_hidden_attention_of_nnx(key, name):
     assert dropjax.nnx.mc_draws(model) == (("drop", "Dropout", 0.5, True), ("", "Beside", RATE, True))
 
 
+TRANSFORMED = {
+    "nnx.jit": nnx.jit,
+    "nnx.jit with options": functools.partial(nnx.jit, inline=True),
+    "nnx.remat": nnx.remat,
+    "inside a method": lambda method: lambda self: nnx.remat(lambda module: method(module))(self),
+    "twice": lambda method: nnx.jit(nnx.remat(method)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_methods_that_nnx_transforms(key, name):
+    """The key is that of the module as it is inside the transformation."""
+
+    class Transformed(nnx.Module):
+        def __init__(self, train=False):
+            self.rngs, self.train_ = nnx.Rngs(0).dropout.fork(), train
+
+        @TRANSFORMED[name]
+        def __call__(self):
+            rng = self.rngs() if self.train_ else None
+            return NNX["in a helper"](
+                deterministic=rng is None, dropout_rng=rng, broadcast_dropout=False, dropout_rate=RATE
+            )
+
+    model, view = Transformed(), dropjax.nnx.mc_view(Transformed(), key)
+    evaluated = model()
+    for i in range(2):
+        layer = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+        np.testing.assert_allclose(view(), expected(layer), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(model(), evaluated)
+    assert dropjax.nnx.mc_draws(model) == (("", "Transformed", RATE, True),)
+    ours = dropjax.nnx.replace_flax(Transformed(train=True))()
+    np.testing.assert_allclose(ours, expected(Transformed().rngs()), rtol=1e-5, atol=1e-6)
+
+
+class WithoutFlag(nnx.MultiHeadAttention):
+    def __call__(self, x, train=False):
+        return super().__call__(x, deterministic=not train)
+
+
+class ByPosition(nnx.MultiHeadAttention):
+    def __call__(self, x, deterministic=True):
+        return super().__call__(x, deterministic=deterministic)
+
+
+class HandedOn(nnx.MultiHeadAttention):
+    def __call__(self, x, **options):
+        return super().__call__(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "options"),
+    [(WithoutFlag, (), {}), (ByPosition, (False,), {}), (ByPosition, (), {}), (HandedOn, (), {"deterministic": False})],
+)
+def test_subclasses_of_attention(key, kind, args, options):
+    """They draw what Flax's layer draws, whatever flags their call has."""
+    fields = {"dropout_rate": RATE, "broadcast_dropout": False, "decode": False, "keep_rngs": False}
+    x, make = X[:, :, 0], lambda kind: kind(2, 4, **fields, rngs=nnx.Rngs(0))
+    drawn = dropjax.nnx.mc_view(make(kind), key)(x, *args, **options)
+    np.testing.assert_array_equal(drawn, dropjax.nnx.mc_view(make(nnx.MultiHeadAttention), key)(x))
+    if kind is not HandedOn:
+        with pytest.raises(TypeError, match=r"__call__\(\) got an unexpected keyword argument 'nonsense'"):
+            dropjax.nnx.mc_view(make(kind), key)(x, nonsense=1)
+
+
+@pytest.mark.parametrize("make", [lambda of: of, functools.partial, lambda of: type("", (), {"__call__": of})()])
+def test_a_function_in_the_place_of_a_method(key, make):
+    def function(*module):
+        return LINEN["in a helper"](deterministic=True, broadcast_dropout=False, dropout_rate=RATE)
+
+    method = make(function)
+    drawn = dropjax.linen.mc_apply(nn.Dropout(RATE), {}, key, method=method)
+    np.testing.assert_allclose(drawn, expected(Rooted().apply({}, rngs={"dropout": key})), rtol=1e-5, atol=1e-6)
+    assert dropjax.linen.mc_draws(nn.Dropout(RATE), {}, method=method) == (("", "Dropout", RATE, True),)
+
+
+class Rooted(nn.Module):
+    def __call__(self):
+        return dropjax.linen.base.key_from_stream(self, "dropout")
+
+
 def test_a_key_of_the_callers_own_stays_as_it_is(key):
     """Only a key of the module's stream becomes that of its path."""
     model = Attending(lambda **o: nn.dot_product_attention(X, X, X, **{**o, "dropout_rng": key}))

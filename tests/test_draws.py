@@ -224,6 +224,97 @@ def test_nnx_warns_once(key):
         dropjax.nnx.mc_view(model, key)(X)
 
 
+def of_third_parties(base):
+    """Modules whose dropout is code of their own: class, the names of their fields, a value, and the rate told."""
+
+    def __call__(self, x):
+        return x
+
+    table = [
+        ("Dropout", "keep_prob", 0.75, 0.25),
+        ("Block", "survival_prob", 0.75, 0.25),
+        ("Dropout", "rate", np.float32(0.25), 0.25),
+        ("Dropout", "rate", jnp.float32(0.25), 0.25),
+        ("DropPath", "config", (0.25,), "unknown"),
+        ("Backdrop", "config", (0.25,), None),
+        ("Block", "keep_prob", 1.0, None),
+        ("Block", "dropped", jnp.ones(3), None),
+    ]
+    for kind, name, value, rate in table:
+        yield type(kind, (base,), {"__call__": __call__, "__annotations__": {name: object}}), name, value, rate
+
+
+def test_the_names_that_third_parties_give_their_rates(key):
+    """What keeps is told, too, as are arrays; where only the class is called a dropout, its rate is unknown."""
+    linen = [(kind(**{name: value}), rate) for kind, name, value, rate in of_third_parties(nn.Module)]
+    model = nn.Sequential([nn.Dropout(0.5, deterministic=True), *(layer for layer, _ in linen)])
+    expected = {f"layers_{i + 1}": rate for i, (_, rate) in enumerate(linen) if rate}
+    assert {row.path: row.rate for row in dropjax.linen.mc_draws(model, {}, X) if not row.drawn} == expected
+    with pytest.warns(UserWarning, match="stays off") as caught:
+        dropjax.linen.mc_apply(model, {}, key, X)
+    assert [f"{path} (" in str(caught[0].message) for path in expected] == [True] * len(expected)
+
+    layers = [nnx.Dropout(0.5)]
+    for kind, name, value, _ in of_third_parties(nnx.Module):
+        layers.append(kind())
+        setattr(layers[-1], name, nnx.Variable(value) if isinstance(value, jax.Array) else value)
+    named = {path.replace("_", "/"): rate for path, rate in expected.items()}
+    with pytest.warns(UserWarning, match="stays off") as caught:
+        dropjax.nnx.mc_view(nnx.Sequential(*layers), key)
+    for path, rate in named.items():
+        assert f"{path} ({type(layers[int(path[-1])]).__name__}, rate {rate})" in str(caught[0].message)
+    draws = dropjax.nnx.mc_draws(nnx.Sequential(*layers), X)
+    traced = {"layers/4": "traced"}  # arrays of the model are arguments of what is traced
+    assert {row.path: row.rate for row in draws if not row.drawn} == {**named, **traced}
+
+
+class Holding(nn.Module):
+    """Called a dropout, and holds one that shows its rate."""
+
+    rates: tuple = (0.0,)
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Sequential([nn.Dropout(rate, deterministic=True) for rate in self.rates])(x)
+
+
+class DropoutBlock(Holding):
+    pass
+
+
+def test_an_unknown_rate_is_that_of_what_a_module_holds(key):
+    assert [row.rate for row in dropjax.linen.mc_draws(DropoutBlock(), {}, X)] == [0.0]
+    with pytest.raises(ValueError, match="got none"):
+        dropjax.linen.mc_apply(DropoutBlock(), {}, key, X)
+
+
+def test_where_no_key_reaches_a_layer(key):
+    inner = Holding((0.5,))
+
+    class Applied(nn.Module):
+        def __call__(self, x):
+            return inner.apply({}, x)
+
+    layer = {"rate": 0.5, "deterministic": True}
+    for make in [nn.Dropout, dropjax.linen.Dropout]:
+        mapped = nn.vmap(make, variable_axes={}, split_rngs={"params": True})(**layer)
+        with pytest.raises(ValueError, match=r"mc_apply: .* must get the stream 'dropout', got none"):
+            dropjax.linen.mc_apply(mapped, {}, key, X)
+    with pytest.raises(ValueError, match="mc_apply: Dropout_0 must get the stream 'dropout', got none"):
+        dropjax.linen.mc_apply(Applied(), {}, key, X)
+
+    class Mapped(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5)
+
+        def __call__(self, x):
+            return jax.vmap(self.drop)(x)
+
+    with pytest.raises(Exception, match="Cannot mutate") as caught:
+        dropjax.nnx.mc_view(Mapped(), key)(X)
+    assert "mc_view: a function that JAX transforms" in caught.value.__notes__[0]
+
+
 def test_a_method_and_arguments_that_are_no_arrays():
     class Encoder(nn.Module):
         def setup(self):

@@ -1,8 +1,9 @@
 """Any Linen model, unchanged, with its dropout on and everything else in evaluation."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +42,8 @@ def mc_apply(
     attention weights where a module calls Flax's `dot_product_attention` or
     `dot_product_attention_weights`, under whatever name. A layer whose `rng_collection` is not in
     `rngs` draws from the stream `dropout`. There is a warning, once, of a module with a dropout
-    rate above 0 that is called and does not draw; `mc_draws` lists what does.
+    rate above 0, or a dropout by its name alone, that is called and does not draw; `mc_draws` lists
+    what does.
 
     Args:
       module: a Linen module.
@@ -61,8 +63,8 @@ def mc_apply(
       What the model returns.
 
     Raises:
-      TypeError, ValueError: if an argument is not as said above, or if no dropout of a rate above 0
-      was met.
+      TypeError, ValueError: if an argument is not as said above, if no dropout of a rate above 0 was
+      met, or if no key reaches it.
 
     Example:
       >>> model = nn.Sequential([nn.Dense(4), nn.Dropout(0.5, deterministic=True)])
@@ -72,16 +74,17 @@ def mc_apply(
     _checks_of_masks("mc_apply", masks)
     key = _checks.key("mc_apply", key)
     streams = {"dropout": key, **(rngs or {})}
-    apply = functools.partial(module.apply, variables, *args, rngs=streams, method=method, **kwargs)
-    result, record = _run(apply, masks, ("mc_apply", masks))
+    apply = functools.partial(module.apply, variables, *args, rngs=streams, **kwargs)
+    result, record = _run(apply, masks, ("mc_apply", masks), method)
     model = f"{type(module).__module__}.{type(module).__qualname__}"
     suspects = _drawing.not_yet_told(model, record.missed())
     if suspects or not record.drawn:
         # What a jit inside the model has traced before is not met again: only a new trace sees all.
-        record = _traced(apply, masks)
+        record = _traced(apply, masks, method)
         if not record.drawn:
             raise _drawing.none_drawn("mc_apply", record.missed())
-        _drawing.warn("mc_apply", set(suspects).intersection(record.missed()))
+        missed = {row.path for row in record.missed()}
+        _drawing.warn("mc_apply", [row for row in suspects if row.path in missed])
     return result
 
 
@@ -128,12 +131,12 @@ def mc_draws(
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
     given = {i: leaf for i, leaf in enumerate(leaves) if _checks.is_array(leaf)}
 
-    def apply(given: Mapping[int, Array], key: Array) -> None:
+    def apply(given: Mapping[int, Array], key: Array, method: Any) -> None:
         filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
         variables, args, kwargs = jax.tree.unflatten(structure, filled)
         module.apply(variables, *args, rngs={"dropout": key, **(rngs or {})}, method=method, **kwargs)
 
-    return _traced(apply, masks, given, jax.eval_shape(jax.random.key, 0)).draws()
+    return _traced(apply, masks, method, given, jax.eval_shape(jax.random.key, 0)).draws()
 
 
 def _checks_of_masks(function: str, masks: str) -> None:
@@ -141,18 +144,18 @@ def _checks_of_masks(function: str, masks: str) -> None:
         raise ValueError(f"{function}: masks must be one of {_drawing.MASKS}, got {_checks.describe(masks)}.")
 
 
-def _run(apply: Callable[[], Any], masks: str, way: Any) -> tuple[Any, _drawing.Record]:
+def _run(apply: Callable[..., Any], masks: str, way: Any, method: Any) -> tuple[Any, _drawing.Record]:
     run = _Run(masks == "shared")
     with nn.intercept_methods(run.intercept), replace.drawing(run.attend, way):
-        return apply(), run.record
+        return apply(method=run.called(method)), run.record
 
 
-def _traced(apply: Callable[..., Any], masks: str, *args: Any) -> _drawing.Record:
+def _traced(apply: Callable[..., Any], masks: str, method: Any, *args: Any) -> _drawing.Record:
     """What a call draws, looking into everything that is jitted in it."""
     records: list[_drawing.Record] = []
 
     def trace(*args: Any) -> None:
-        records.append(_run(lambda: apply(*args), masks, object())[1])
+        records.append(_run(functools.partial(apply, *args), masks, object(), method)[1])
 
     jax.eval_shape(trace, *args)
     return records[0]
@@ -182,9 +185,26 @@ class _Run:
             self.record.meet(rates.path(module), type(module), _drawing.named_rate(type(module), vars(module)))
         if isinstance(module, bridge.ToLinen):
             self._meet_nnx(module, args)
+        with self._calling(module):
+            return next_method(*args, **kwargs)
+
+    def called(self, method: Any) -> Any:
+        """What is called in the place of a method, a function or a partial, and may call attention itself."""
+        if not callable(method) or isinstance(getattr(method, "__self__", None), nn.Module):
+            return method
+
+        @functools.wraps(method)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self._calling(module):
+                return method(module, *args, **kwargs)
+
+        return call
+
+    @contextlib.contextmanager
+    def _calling(self, module: nn.Module) -> Iterator[None]:
         self.callers.append((module, _trace_state()))
         try:
-            return next_method(*args, **kwargs)
+            yield
         finally:
             self.callers.pop()
 
@@ -203,7 +223,7 @@ class _Run:
         jitted = trace != _trace_state() and isinstance(given["query"] + 0, DynamicJaxprTracer)
         key = given["dropout_rng"] if jitted else _key(module, "dropout")
         if key is None:
-            raise _drawing.no_key("mc_apply", type(module))
+            raise _drawing.no_key("mc_apply", type(module), "nn.jit(lambda module, x: ...)(self, x)")
         return _flax_attention.Drop(key, rate, share_batch=self.shared)
 
     def _drop(self, layer: Any, inputs: Any, deterministic: bool | None = None, rng: Array | None = None) -> Array:
@@ -251,7 +271,14 @@ def _trace_state() -> Any:
 
 
 def _key(module: Any, collection: str) -> Array:
-    return base.key_from_stream(module, collection if module.has_rng(collection) else "dropout")
+    collection = collection if module.has_rng(collection) else "dropout"
+    if not module.has_rng(collection) and not module.has_rng("params"):  # which Flax takes then
+        raise ValueError(
+            f"mc_apply: {rates.path(module) or type(module).__name__} must get the stream 'dropout', got none. Name it "
+            "in nn.scan or nn.vmap, split_rngs={'params': True, 'dropout': True}; hand it to an apply of its own, "
+            "rngs={'dropout': self.make_rng('dropout')}."
+        )
+    return base.key_from_stream(module, collection)
 
 
 def _draw_shared(layer: Any, given: inspect.BoundArguments) -> Any:

@@ -1,5 +1,6 @@
 """Any NNX model, unchanged, with its dropout on and everything else in evaluation."""
 
+import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Mapping
@@ -35,7 +36,8 @@ def mc_view(module: _Model, key: Array, *, masks: str = "per_example") -> _Model
     the layers of `dropjax.nnx`; and the dropout on attention weights in modules that call Flax's
     `dot_product_attention` or `dot_product_attention_weights`, as `MultiHeadAttention` does; all of
     them whatever `deterministic` they are called with. There is a warning, once, of a module with a
-    dropout rate above 0 that the model contains and that does not draw, and of one in a Linen model
+    dropout rate above 0, or a dropout by its name alone, that the model contains and that does not
+    draw, and of one in a Linen model
     inside `bridge.to_nnx` when it is called; `mc_draws` lists what draws.
 
     Layers that are stacked, for `nnx.scan` or `nnx.vmap`, get a key each where they, or layers of
@@ -190,6 +192,18 @@ def _next(stream: nnx.RngStream) -> Array:
     return key
 
 
+def _key(layer: Any) -> Array:
+    """The next key of a layer's own stream."""
+    try:
+        return _next(layer.rngs)
+    except TraceContextError as error:
+        error.add_note(
+            "mc_view: a function that JAX transforms cannot change the stream of a module that it closes over. Pass it "
+            "through a transformation of nnx, nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, x)."
+        )
+        raise
+
+
 def _drawn(layer: Any, rate: Any) -> None:
     if (record := _record.get()) is not None and hasattr(layer, "dropjax_path"):
         record.draw(layer.dropjax_path, stand_ins.own_class(layer), rate)
@@ -198,7 +212,7 @@ def _drawn(layer: Any, rate: Any) -> None:
 def _draw(own: Callable[..., Any], layer: Any, *args: Any, **options: Any) -> Any:
     _drawn(layer, _drawing.rate_of(layer))
     place = {name: value for name, value in options.items() if name not in _OVERRULED}
-    return own(layer, *args, deterministic=False, rngs=_next(layer.rngs), **place)
+    return own(layer, *args, deterministic=False, rngs=_key(layer), **place)
 
 
 def _draw_shared(own: Callable[..., Any], layer: Any, inputs: Array, **options: Any) -> Any:
@@ -206,7 +220,7 @@ def _draw_shared(own: Callable[..., Any], layer: Any, inputs: Array, **options: 
         return _draw(own, layer, inputs, **options)
     _drawn(layer, _drawing.rate_of(layer))
     place = {name: value for name, value in options.items() if name not in _OVERRULED}
-    draw = functools.partial(own, layer, deterministic=False, rngs=_next(layer.rngs))
+    draw = functools.partial(own, layer, deterministic=False, rngs=_key(layer))
     return _drawing.of_rows("mc_view", layer, draw, inputs, place)
 
 
@@ -217,11 +231,11 @@ def _attend(layer: Any, masks: str, given: Mapping[str, Any]) -> _flax_attention
     if shared:
         _drawing.batched("mc_view", stand_ins.own_class(layer).__name__, given["query"], 4)
     _drawn(layer, rate)
-    try:
-        key = _next(layer.dropjax_rngs)
-    except TraceContextError:
-        if (key := given["dropout_rng"]) is None:
-            raise _drawing.no_key("mc_view", stand_ins.own_class(layer)) from None
+    for module in (layer, *stand_ins.inside_transformation(layer)):
+        with contextlib.suppress(TraceContextError):
+            return _flax_attention.Drop(_next(module.dropjax_rngs), rate, share_batch=shared)
+    if (key := given["dropout_rng"]) is None:
+        raise _drawing.no_key("mc_view", stand_ins.own_class(layer), "nnx.jit(lambda module, x: ...)(self, x)")
     return _flax_attention.Drop(key, rate, share_batch=shared)
 
 

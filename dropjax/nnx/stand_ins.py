@@ -1,5 +1,6 @@
 """Classes that stand in for those of a model whose source is not touched: subclasses, so that `isinstance` holds."""
 
+import contextlib
 import copyreg
 import functools
 import sys
@@ -18,6 +19,7 @@ _weights = attention.dot_product_attention_weights
 _FUNCTIONS = (_weights, attention.dot_product_attention)
 _NAMES = {function.__name__ for function in _FUNCTIONS}
 _BASES = frozenset(nnx.Module.__mro__)
+_EVALUATED: dict[str, Any] = {"deterministic": True, "rngs": None}
 _LIBRARIES = {"flax", "jax", "jaxlib", "numpy", *sys.stdlib_module_names}
 
 
@@ -92,21 +94,46 @@ def _attending(
 ) -> tuple[tuple[type, ...], dict[str, Any]]:
     def inside(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         overrule = evaluate and name == "__call__" and issubclass(kind, nnx.MultiHeadAttention)
+        call = inspect.signature(own)
 
         @functools.wraps(own)
         def method(self: Any, *args: Any, **options: Any) -> Any:
-            options |= {"deterministic": True, "rngs": None} if overrule else {}
+            if overrule:
+                given = {name: _EVALUATED.get(name, of) for name, of in options.items()}
+                with contextlib.suppress(TypeError):  # which the method itself raises, with its name
+                    bound = call.bind(self, *args, **given)
+                    bound.arguments |= {name: of for name, of in _EVALUATED.items() if name in call.parameters}
+                    args, options = bound.args[1:], bound.kwargs
             token = _flax_attention.nnx.set(functools.partial(decide, self, how))
             try:
                 with _tracing.traced_as((decide.__name__, how)):
-                    return own(self, *args, **options)
+                    return own.__get__(self)(*args, **options)
             finally:
                 _flax_attention.nnx.reset(token)
 
         return method
 
     own = {name: of for name, of in sorted(_defined(kind).items()) if name == "__call__" or name[:2] != "__"}
-    return (kind,), {name: inside(name, of) for name, of in own.items() if isinstance(of, types.FunctionType)}
+    return (kind,), {name: inside(name, of) for name, of in own.items() if _is_method(of)}
+
+
+def _is_method(of: Any) -> bool:
+    """Whether an attribute of a class is a method, also one that a transformation made, such as `nnx.jit`."""
+    return callable(of) and hasattr(of, "__get__") and not isinstance(of, staticmethod | type)
+
+
+def inside_transformation(module: nnx.Module) -> Iterator[Any]:
+    """The modules of the class of this one that the functions running now were given, the innermost first.
+
+    Inside a transformation of NNX one of them is the module as it is there.
+    """
+    frame = sys._getframe().f_back  # none but the stack knows what a transformation calls a function with
+    while frame is not None:
+        for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
+            given = frame.f_locals.get(name)
+            if type(given) is type(module) and given is not module:
+                yield given
+        frame = frame.f_back
 
 
 def attends(module: nnx.Module) -> bool:
