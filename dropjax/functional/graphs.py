@@ -208,7 +208,11 @@ def mask_feature(
     x = _checks.array("mask_feature", x)
     checked = _checks.rate("mask_feature", rate, x.shape)
     _checks.choice("mask_feature", "mode", mode)
-    if isinstance(fill_value, bool) or not isinstance(fill_value, numbers.Real) or not np.isfinite(fill_value):
+    if (
+        isinstance(fill_value, bool)
+        or not isinstance(fill_value, numbers.Real)
+        or not np.isfinite(_checks.floats(fill_value))
+    ):
         raise ValueError(f"mask_feature: fill_value must be a finite number, got {_checks.describe(fill_value)}.")
     if abs(fill_value) > float(jnp.finfo(x.dtype).max):
         raise ValueError(f"mask_feature: fill_value must be finite in {x.dtype}, the dtype of x, got {fill_value}.")

@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
