@@ -110,8 +110,7 @@ def classify(
       learning](https://arxiv.org/abs/1112.5745), 2011.
     """
     tolerance = streaming.tolerance("classify", tolerance)
-    if statistic not in STATISTICS:
-        raise ValueError(f"classify: statistic must be one of {STATISTICS}, got {_checks.describe(statistic)}.")
+    _inputs.choice("classify", "statistic", statistic, STATISTICS)
     if tolerance is not None and chunk_size is None:
         chunk_size = streaming.CHUNK
     logits = _checks.flag("classify", "logits", logits)

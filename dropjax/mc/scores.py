@@ -153,7 +153,10 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
     low, high, y = _inputs.numbers("interval_coverage", lower=lower, upper=upper, targets=targets)
     if _checks.is_known(lower) and _checks.is_known(upper):
         _inputs.require(
-            "interval_coverage", "upper must not be below lower, {got}", upper, lambda of: ~(of < np.asarray(lower))
+            "interval_coverage",
+            "upper must not be below lower, {got} The order of the arguments is lower, upper, targets.",
+            upper,
+            lambda of: ~(of < np.asarray(lower)),
         )
     return _coverage(low, high, y)
 
