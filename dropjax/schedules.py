@@ -174,9 +174,7 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     limits = np.finfo(np.float32)
     number = isinstance(gamma, int | float | np.number) and not isinstance(gamma, bool)
     if not number or not limits.tiny <= _checks.floats(gamma) <= limits.max:
-        raise ValueError(
-            f"curriculum: gamma must be a float32 number above 0, got {_checks.describe(gamma)}."
-        )
+        raise ValueError(f"curriculum: gamma must be a float32 number above 0, got {_checks.describe(gamma)}.")
     return _Formula(_curriculum, (rate, gamma))
 
 

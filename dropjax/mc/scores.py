@@ -238,6 +238,8 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
       [Fair scores for ensemble forecasts](https://doi.org/10.1002/qj.2270), 2014.
     """
     x, y = _inputs.array("crps", "samples", samples), _inputs.array("crps", "targets", targets)
+    if x.ndim:
+        _checks.known_length("crps", "dimension 0 of samples", x.shape[0])
     least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
         order = " The order of the arguments is samples, targets." if x.ndim and y.shape[1:] == x.shape else ""

@@ -64,6 +64,7 @@ def fit_temperature(
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
     z, labels = scores.check_logits("fit_temperature", logits, labels)
+    _checks.known_length("fit_temperature", "dimension 0 of samples of logits", z.shape[0])
     _inputs.warn_of_probabilities("fit_temperature", logits, "For probabilities pass their logarithm.")
     ends = jnp.asarray(_ends(bounds, z.dtype))
     temperature, at_bound, impossible = _fit(z, labels, ends)
