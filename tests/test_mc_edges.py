@@ -119,3 +119,15 @@ def test_integers_that_int32_does_not_hold(name):
     jax.tree.map(np.testing.assert_array_equal, call(BIG), call(BIG.astype(np.float64)))
     with pytest.raises(ValueError, match=r"brier: labels must be in \[0, 2\), got 4294967296\."):
         mc.brier(np.array([[0.5, 0.5]]), np.array([2**32]))
+
+
+def test_nothing_that_is_known_has_no_warning_of_what_it_looks_like(recwarn):
+    """No logits at all, and none but NaN, are no probabilities; nor is a temperature of NaN at a bound."""
+    key, noise = jax.random.key(0), lambda key: jax.random.normal(key)
+    mc.classify(lambda key: jnp.zeros((0, 3)) + noise(key), key, 2)
+    assert not recwarn
+    assert mc.classify(lambda key: jnp.full((1, 3), jnp.nan) * noise(key), key, 2).invalid.all()
+    fitted = mc.fit_temperature(jnp.array([[jnp.nan, 1], [0, 1]]), np.array([0, 1]))
+    assert np.isnan(fitted.temperature)
+    assert not fitted.at_bound
+    assert [str(of.message)[:36] for of in recwarn] == ["classify: fn returned logits without"]

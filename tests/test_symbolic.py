@@ -136,13 +136,16 @@ def test_metrics_of_all_lengths(name):
 @pytest.mark.parametrize("name", OF_LENGTHS)
 def test_lengths_that_metrics_must_know_are_named(name):
     function, argument, arguments = OF_LENGTHS[name]
-    message = rf"^{name}: the length of dimension 0 of {argument} must be known .* other dimensions may be symbolic\.(\n|$)"
+    message = (
+        rf"^{name}: the length of dimension 0 of {argument} must be known .* other dimensions may be symbolic\.(\n|$)"
+    )
     with pytest.raises(TypeError, match=message):
         of_lengths(function, arguments)
 
 
 def test_explain_must_know_lengths(key):
+    def explained(key, x):
+        return mc.explain(lambda key: dropjax.dropout(key, x, RATE), key).share
+
     with pytest.raises(TypeError, match="explain: the length of each dimension in fn must be known while tracing, got"):
-        exported(
-            lambda key, x: mc.explain(lambda key: dropjax.dropout(key, x, RATE), key).share, key, inputs(), "b, l, d"
-        )
+        exported(explained, key, inputs(), "b, l, d")

@@ -143,7 +143,7 @@ def classify(
                 f"{least:g} and sums from {low:g} to {high:g}. For logits leave logits=True."
             )
         near = slack - 0.009  # to 0.1 %, which logits hardly ever are in every sample of every input
-        if logits and output.shape[-1] > 1 and least >= 0 and low >= 1 - near and high <= 1 + near:
+        if logits and output.shape[-1] > 1 and least >= 0 and 1 - near <= low <= high <= 1 + near:
             _checks.warn(
                 "classify: fn must return logits, got values of at least 0 that sum to 1 over the classes in every "
                 "sample, which look like probabilities. For those pass logits=False."

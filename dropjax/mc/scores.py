@@ -243,6 +243,8 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
     least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
         order = " The order of the arguments is samples, targets." if x.ndim and y.shape[1:] == x.shape else ""
+        if x.shape[1:] == y.shape:
+            order = " Draw more of them."
         raise ValueError(
             f"crps: samples and targets must be of shapes [T, ...] and [...], with T at least {least}, got "
             f"{_checks.describe(x)} and {_checks.describe(y)}.{order}"

@@ -142,7 +142,8 @@ def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array
     at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
     inside = jnp.clip(unit * jnp.exp(root) / room, *ends)
     fitted = jnp.where(at_low, ends[0], jnp.where(at_high, ends[1], inside))
-    return nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
+    known = (valid & possible).all()
+    return nan_unless(known, fitted), (at_low | at_high) & known, impossible
 
 
 @_arguments.public
