@@ -28,7 +28,7 @@ class Classification(NamedTuple):
     """Aleatoric part: the mean of the samples' entropies, `[...]`."""
     mutual_information: Array
     """Epistemic part (BALD): the difference of the two, at least 0, `[...]`. Summed without taking that difference,
-    so that a small one has as many digits as a large one."""
+    so that a small one keeps the digits that the probabilities of the samples have."""
     votes: Array
     """How many samples have each class as their most probable one, int32 `[..., classes]`."""
     variation_ratio: Array
