@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from dropjax import _arguments, _checks
-from dropjax.masks import nan_unless
+from dropjax import _arguments, _checks, masks
 from dropjax.mc import _inputs
 
 __all__ = ["dense", "dropout", "relu"]
@@ -54,7 +53,7 @@ def dropout(mean: ArrayLike, var: ArrayLike, rate: ArrayLike) -> tuple[Array, Ar
     noise = r * jnp.where(r > 0, m, 0) * jnp.where(r > 0, m, 0)  # r m^2, of which m^2 alone may overflow
     variance = jnp.where(kept, v + noise, 0) / jnp.where(kept, 1 - r, 1)
     valid = (r >= 0) & (r <= 1)
-    return nan_unless(valid, jnp.where(kept, m, 0)), nan_unless(valid, variance)
+    return masks.nan_unless(valid, jnp.where(kept, m, 0)), masks.nan_unless(valid, variance)
 
 
 @_arguments.public
@@ -156,4 +155,4 @@ def _check(function: str, mean: ArrayLike, var: ArrayLike) -> tuple[Array, Array
         function, "var must not be negative, {got} It is the square of a deviation.", var, lambda of: ~(of < 0)
     )
     m, v = _inputs.widen(m, v)
-    return m, nan_unless(~(v < 0), v)
+    return m, masks.nan_unless(~(v < 0), v)
