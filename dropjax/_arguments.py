@@ -167,7 +167,7 @@ def _misplaced(given: list[tuple[inspect.Parameter, Any]], text: str) -> bool:
         if wrong and kind in taken - {"other"}:
             return True
     arrays = {p.name: np.shape(value) for p, value in given if _kind(value) in _NUMBERS | {"flags", "integers"}}
-    if not _SHAPES.search(text):
+    if not _SHAPES.search(text) or "while tracing" in text:  # a length that is symbolic is in no wrong place
         return False
     if any(len(first) < len(second) for first, second in itertools.combinations(arrays.values(), 2)):
         return True  # a number, and then the array that it is for

@@ -86,6 +86,11 @@ def _bounded(max_value: Any, axis: Any, path: Any, update: Any, param: Any) -> A
             f"max_norm: axis must leave an axis of units, got {axis} for {jax.tree_util.keystr(path) or 'params'} "
             f"of shape {param.shape}. Constrain kernels only, with optax.masked."
         )
+    if update.shape != param.shape:
+        raise ValueError(
+            f"max_norm: updates must have the shapes of params, got {update.shape} for {param.shape} at "
+            f"{jax.tree_util.keystr(path) or 'params'}."
+        )
     wide = max(masks.wide(param), masks.wide(update))
     after = (param.astype(wide) + update.astype(wide)).astype(param.dtype)  # what optax.apply_updates gives
     bounded = clip_norm(after, max_value, axis=dims)

@@ -115,7 +115,7 @@ def early(rate: float, steps: int, *, decay: bool = False) -> Schedule:
       Liu, Xu, Jin, Shen, Darrell, [Dropout reduces underfitting](https://arxiv.org/abs/2303.01500), 2023.
     """
     _rate("early", "rate", rate)
-    _checks.integer("early", "steps", steps, 1)
+    steps = _steps("early", "steps", steps, 1)
     if decay:
         return linear(rate, 0.0, steps)
     return _Formula(_step, (rate, 0.0, steps))
@@ -143,7 +143,7 @@ def late(rate: float, steps: int) -> Schedule:
       Liu, Xu, Jin, Shen, Darrell, [Dropout reduces underfitting](https://arxiv.org/abs/2303.01500), 2023.
     """
     _rate("late", "rate", rate)
-    _checks.integer("late", "steps", steps, 1)
+    steps = _steps("late", "steps", steps, 1)
     return _Formula(_step, (0.0, rate, steps))
 
 
@@ -171,8 +171,10 @@ def curriculum(rate: float, gamma: float) -> Schedule:
       Morerio, Cavazza, Volpi, Vidal, Murino, [Curriculum dropout](https://arxiv.org/abs/1703.06229), 2017.
     """
     _rate("curriculum", "rate", rate)
-    if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < np.inf:
-        raise ValueError(f"curriculum: gamma must be a number above 0, got {_checks.describe(gamma)}.")
+    limits = np.finfo(np.float32)
+    number = isinstance(gamma, int | float | np.number) and not isinstance(gamma, bool)
+    if not number or not limits.tiny <= _checks.floats(gamma) <= limits.max:
+        raise ValueError(f"curriculum: gamma must be a float32 number above 0, got {_checks.describe(gamma)}.")
     return _Formula(_curriculum, (rate, gamma))
 
 
@@ -225,7 +227,15 @@ def _between(function: str, start: float, end: float, steps: int, begin: int) ->
     """Returns the checked numbers of a change from one rate to another."""
     _rate(function, "start", start)
     _rate(function, "end", end)
-    return start, end, _checks.integer(function, "steps", steps, 1), _checks.integer(function, "begin", begin, 0)
+    return start, end, _steps(function, "steps", steps, 1), _steps(function, "begin", begin, 0)
+
+
+def _steps(function: str, argument: str, value: int, least: int) -> int:
+    """Returns a checked number of steps."""
+    steps = _checks.integer(function, argument, value, least)
+    if steps >= 2**63:
+        raise ValueError(f"{function}: {argument} must be below 2^63, got {_checks.describe(steps)}.")
+    return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +247,15 @@ class _Formula:
 
     def __call__(self, step: ArrayLike) -> Array:
         """Returns the rate at a step."""
+        if not _is_real(step):
+            raise TypeError(f"schedule: step must be a number or a real array, got {_checks.describe(step)}.")
         return self.function(step, *self.numbers)
+
+
+def _is_real(step: Any) -> bool:
+    if _checks.is_array(step):
+        return jnp.issubdtype(step.dtype, jnp.floating) or jnp.issubdtype(step.dtype, jnp.integer)
+    return isinstance(step, int | float | list | tuple) or hasattr(step, "__jax_array__")
 
 
 def _constant(step: ArrayLike, rate: float) -> Array:
@@ -256,11 +274,11 @@ def _cosine(step: ArrayLike, start: float, end: float, steps: int, begin: int) -
 
 
 def _step(step: ArrayLike, before: float, after: float, steps: int) -> Array:
-    return jnp.where(_count(step) < steps, np.float32(before), np.float32(after))
+    return jnp.where(_count(step) < np.float32(steps), np.float32(before), np.float32(after))
 
 
 def _curriculum(step: ArrayLike, rate: float, gamma: float) -> Array:
-    return np.float32(rate) * -jnp.expm1(np.float32(-gamma) * _count(step))
+    return np.float32(rate) * -jnp.expm1(np.float32(-gamma) * jnp.maximum(_count(step), 0))
 
 
 def _progress(step: ArrayLike, steps: int, begin: int) -> Array:

@@ -88,7 +88,7 @@ def fit(
       `Fit`.
 
     Raises:
-      FloatingPointError: if the loss or the updated state of a step is not finite; nothing is saved after it.
+      FloatingPointError: if the loss of a step, or what is trained after it, is not finite; nothing is saved after it.
       TypeError, ValueError: if an argument is not as said above, or the checkpoints are of another run.
 
     Example:

@@ -231,3 +231,9 @@ def test_bad_bounds(value, kind, message):
 def test_bad_parameters(params, axis, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         max_norm(1.0, axis=axis).update(params, optax.EmptyState(), params)
+
+
+def test_updates_of_other_shapes_are_not_broadcast():
+    message = r"max_norm: updates must have the shapes of params, got \(2, 3\) for \(1, 3\) at \['w'\]\."
+    with pytest.raises(ValueError, match=message):
+        max_norm(1.0, axis=0).update({"w": jnp.ones((2, 3))}, optax.EmptyState(), {"w": jnp.ones((1, 3))})

@@ -93,3 +93,41 @@ def test_temperatures_stay_in_their_bounds():
             mc.fit_temperature(logits, np.zeros(4, int), bounds=bounds)
     with pytest.raises(TypeError, match=r"classify: fn must return logits, .* of at least one class"):
         mc.classify(lambda key: jax.random.normal(key, (3, 0)), jax.random.key(0), 2)
+
+
+BIG = np.array([3 * 10**9, 5 * 10**9, -(2**40)])  # int64, which JAX would wrap around
+OF_INTEGERS = {
+    "interval_coverage": lambda a: mc.interval_coverage(a - 5, a + 1000, a),
+    "pinball": lambda a: mc.pinball(a, a + 10**6, 0.5),
+    "crps": lambda a: mc.crps(np.stack([a, a + 2000]), a),
+    "crps_gaussian": lambda a: mc.crps_gaussian(a, a * 0 + 1, a + 10**6),
+    "risk_coverage": lambda a: mc.risk_coverage(a, a),
+    "detection": lambda a: mc.detection(a, -a),
+    "conformal_threshold": lambda a: mc.conformal_threshold(a, 0.4),
+    "conformal_residuals": lambda a: mc.conformal_residuals(a, a[::-1], std=abs(a)),
+    "conformal_intervals": lambda a: mc.conformal_intervals(a, a[0]),
+    "conformal_sets": lambda a: mc.conformal_sets(np.float32([[0.5, 0.5]]), a[0]),
+    "temperature_scale": lambda a: mc.temperature_scale(np.float32([1, 2]), a[0]),
+    "regress": lambda a: mc.regress(lambda key: jnp.zeros(3), jax.random.key(0), 1, targets=a, precision=abs(a)),
+    "lists": lambda a: mc.pinball(a.tolist(), (a + 10**6).tolist(), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OF_INTEGERS)
+def test_integers_that_int32_does_not_hold(name):
+    call = OF_INTEGERS[name]
+    jax.tree.map(np.testing.assert_array_equal, call(BIG), call(BIG.astype(np.float64)))
+    with pytest.raises(ValueError, match=r"brier: labels must be in \[0, 2\), got 4294967296\."):
+        mc.brier(np.array([[0.5, 0.5]]), np.array([2**32]))
+
+
+def test_nothing_that_is_known_has_no_warning_of_what_it_looks_like(recwarn):
+    """No logits at all, and none but NaN, are no probabilities; nor is a temperature of NaN at a bound."""
+    key, noise = jax.random.key(0), lambda key: jax.random.normal(key)
+    mc.classify(lambda key: jnp.zeros((0, 3)) + noise(key), key, 2)
+    assert not recwarn
+    assert mc.classify(lambda key: jnp.full((1, 3), jnp.nan) * noise(key), key, 2).invalid.all()
+    fitted = mc.fit_temperature(jnp.array([[jnp.nan, 1], [0, 1]]), np.array([0, 1]))
+    assert np.isnan(fitted.temperature)
+    assert not fitted.at_bound
+    assert [str(of.message)[:36] for of in recwarn] == ["classify: fn returned logits without"]

@@ -305,7 +305,7 @@ BAD = [
     (mc.interval_coverage, (N2, N2 - 1, N2), {}, ValueError, "upper must not be below lower, got -1."),
     (mc.interval_coverage, (N2, N2, N2[:, None]), {}, ValueError, "must have one shape, got float32[2] and float32[2]"),
     (mc.pinball, (N2, N2, 90), {}, ValueError, "level must be in (0, 1), got 90.0. For a percentage, pass 0.9."),
-    (mc.crps, (N2[:1], np.zeros(())), {"fair": True}, ValueError, "shapes [T, ...] and [...], with T at least 2, got"),
+    (mc.crps, (N2[:1], np.zeros(())), {"fair": True}, ValueError, "got float32[1] and float32[]. Draw more"),
     (mc.crps_gaussian, (N2, N2 - 1, N2), {}, ValueError, "std must not be negative, got -1."),
     (mc.fit_temperature, (Z, Y), {}, ValueError, "logits and labels must be of shapes [n, classes] (or [T, n, classe"),
     (mc.fit_temperature, (Z[:240], Y), {"bounds": (1, 1)}, ValueError, "bounds must be two numbers, 0 < low < high,"),

@@ -85,7 +85,20 @@ def test_depth():
         (lambda: schedules.cosine(0.1, 0.2, 5.5), TypeError, "cosine: steps must be an integer, got 5.5."),
         (lambda: schedules.early(0.1, 0), ValueError, "early: steps must be at least 1, got 0."),
         (lambda: schedules.late("no", 3), TypeError, "late: rate must be a number, got 'no'"),
-        (lambda: schedules.curriculum(0.1, 0), ValueError, "curriculum: gamma must be a number above 0, got 0."),
+        (lambda: schedules.curriculum(0.1, 0), ValueError, "curriculum: gamma must be a float32 number above 0"),
+        (
+            lambda: schedules.curriculum(0.1, 1e39),
+            ValueError,
+            "curriculum: gamma must be a float32 number above 0",
+        ),
+        (lambda: schedules.linear(0.1, 0.2, 2**63), ValueError, r"linear: steps must be below 2\^63, got 9223"),
+        (lambda: schedules.late(0.1, 2**63), ValueError, r"late: steps must be below 2\^63, got 9223"),
+        (
+            lambda: schedules.cosine(0, 1, 9)(None),
+            TypeError,
+            "schedule: step must be a number or .*, got None",
+        ),
+        (lambda: schedules.early(0.1, 9)(jnp.array(1j)), TypeError, r"schedule: step must be .* got complex64\[\]"),
         (lambda: schedules.depth(0.1, (2, 0)), ValueError, "depth: blocks must be at least 1, got 0."),
         (
             lambda: schedules.depth(0.1, 3, mode="up"),
@@ -97,3 +110,10 @@ def test_depth():
 def test_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_steps_before_the_first_and_beyond_int32():
+    for step, rates in [(-5, [0, 0.5, 0, 0]), (10, [0, 0.5, 0, 0.31606]), (4e9, [0.5, 0, 0.5, 0.5])]:
+        late = [schedules.linear(0, 0.5, 2**31), schedules.early(0.5, 3 * 10**9), schedules.late(0.5, 3 * 10**9)]
+        found = [float(schedule(step)) for schedule in (*late, schedules.curriculum(np.float32(0.5), np.float32(0.1)))]
+        np.testing.assert_allclose(found, rates, atol=1e-5)

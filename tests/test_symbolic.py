@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dropjax
-from dropjax import bits, constraints
+from dropjax import bits, constraints, mc
 from tests.test_variants import RATE, inputs
 from tests.variants import VARIANTS
 
@@ -92,3 +92,60 @@ def test_one_program_for_all_lengths(function, x, shape, key):
 def test_a_length_that_must_be_known_is_named(name, message, key):
     with pytest.raises((TypeError, ValueError), match=message):
         exported(OF_THE_BATCH[name], key, inputs(), "b, l, d")
+
+
+P, LABELS = np.float32([[0.5, 0.25, 0.25], [0.125, 0.5, 0.375]]), np.int32([1, 2])
+METRICS = {
+    "brier": (mc.brier, [("n, c", P), ("n", LABELS)]),
+    "negative_log_likelihood": (
+        lambda z, y: mc.negative_log_likelihood(z, y, logits=True),
+        [("t, n, c", P[None]), ("n", LABELS)],
+    ),
+    "interval_coverage": (mc.interval_coverage, [("n", P[0]), ("n", P[0] + 1), ("n", P[1])]),
+    "crps": (mc.crps, [("2, n", P), ("n", P[1])]),
+    "crps_gaussian": (mc.crps_gaussian, [("n", P[0]), ("n", P[1]), ("n", P[0])]),
+    "fit_temperature": (mc.fit_temperature, [("n, c", 4 * P), ("n", LABELS)]),
+    "conformal_sets": (lambda p: mc.conformal_sets(p, 0.5, score="aps", key=jax.random.key(0)), [("n, c", P)]),
+    "conformal_intervals": (mc.conformal_intervals, [("n", P[0]), ("", P[0, 0])]),
+    "classify": (lambda x: mc.classify(lambda key: dropjax.dropout(key, x, 0.5), jax.random.key(0), 3), [("n, c", P)]),
+}
+OF_LENGTHS = {
+    "reliability": (mc.reliability, "probabilities", [("n, c", P), ("n", LABELS)]),
+    "calibration_error": (mc.calibration_error, "probabilities", [("n, c", P), ("n", LABELS)]),
+    "crps": (mc.crps, "samples", [("t, n", P), ("n", P[0])]),
+    "risk_coverage": (mc.risk_coverage, "uncertainty", [("n", P[0]), ("n", P[1])]),
+    "fit_temperature": (mc.fit_temperature, "samples of logits", [("t, n, c", P[None]), ("n", LABELS)]),
+    "conformal_threshold": (lambda s: mc.conformal_threshold(s, 0.5), "scores", [("n", P[0])]),
+}
+
+
+def of_lengths(function, arguments):
+    scope = jax.export.SymbolicScope()
+    shapes = [jax.export.symbolic_shape(shape, scope=scope) for shape, _ in arguments]
+    return jax.export.export(jax.jit(function))(*map(jax.ShapeDtypeStruct, shapes, [x.dtype for _, x in arguments]))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_of_all_lengths(name):
+    function, arguments = METRICS[name]
+    values = [x for _, x in arguments]
+    result = of_lengths(function, arguments).call(*values)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), result, jax.jit(function)(*values))
+
+
+@pytest.mark.parametrize("name", OF_LENGTHS)
+def test_lengths_that_metrics_must_know_are_named(name):
+    function, argument, arguments = OF_LENGTHS[name]
+    message = (
+        rf"^{name}: the length of dimension 0 of {argument} must be known .* other dimensions may be symbolic\.(\n|$)"
+    )
+    with pytest.raises(TypeError, match=message):
+        of_lengths(function, arguments)
+
+
+def test_explain_must_know_lengths(key):
+    def explained(key, x):
+        return mc.explain(lambda key: dropjax.dropout(key, x, RATE), key).share
+
+    with pytest.raises(TypeError, match="explain: the length of each dimension in fn must be known while tracing, got"):
+        exported(explained, key, inputs(), "b, l, d")

@@ -14,8 +14,12 @@ from dropjax.masks import nan_unless
 _ROOM = 2.0**-40  # sums of 2^40 of what it multiplies do not overflow
 
 
-def array(function: str, argument: str, value: Any) -> Array:
-    """Returns a value as an array, and names the field to pass where the value is a whole summary."""
+def array(function: str, argument: str, value: Any, *, whole: bool = False) -> Array:
+    """Returns a value as an array, and names the field to pass where the value is a whole summary.
+
+    Unless it must be whole, integers that JAX's own do not hold become floats: JAX would wrap those of NumPy around,
+    and refuse those of Python.
+    """
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         remedy = f"Pass one of its fields: {', '.join(value._fields)}."
         if argument in value._fields:
@@ -24,6 +28,10 @@ def array(function: str, argument: str, value: Any) -> Array:
             remedy = "Pass the logarithm of its field probabilities."
         raise TypeError(f"{function}: {argument} must be an array, got a {type(value).__name__}. {remedy}")
     try:
+        if not whole and isinstance(value, int | list | tuple | np.ndarray | np.generic) and _checks.is_known(value):
+            known, held = np.asarray(value), np.iinfo(jnp.result_type(int))
+            if known.dtype.kind in "iu" and known.size and not held.min <= known.min() <= known.max() <= held.max:
+                value = known.astype(np.float64)
         if value is not None:
             return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -32,6 +40,14 @@ def array(function: str, argument: str, value: Any) -> Array:
         f"{function}: {argument} must be an array of numbers, got {_checks.describe(value)}. "
         "Convert it with jnp.asarray."
     )
+
+
+def real(function: str, argument: str, value: Any) -> Array:
+    """Returns a value as an array of floats or integers."""
+    x = array(function, argument, value)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        raise TypeError(f"{function}: {argument} must be real numbers, got {_checks.describe(x)}.")
+    return x
 
 
 def widen(*arrays: Array) -> tuple[Array, ...]:
@@ -154,7 +170,7 @@ def slack(dtype: Any) -> float:
 
 def labelled(function: str, what: str, predictions: ArrayLike, labels: ArrayLike, ranks: tuple[int, ...]) -> Array:
     """Checks floats `[..., n, classes]` and labels `[n]`; returns the labels as int32, -1 where they are none."""
-    x, y = array(function, what, predictions), array(function, "labels", labels)
+    x, y = array(function, what, predictions), array(function, "labels", labels, whole=True)
     got = f"got {_checks.describe(x)} and {_checks.describe(y)}."
     if x.ndim not in ranks or y.shape != x.shape[-2:-1]:
         shapes = "[n, classes]" if ranks == (2,) else "[n, classes] (or [T, n, classes])"

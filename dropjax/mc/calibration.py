@@ -63,6 +63,7 @@ def reliability(
     """
     num_bins = _check("reliability", num_bins, binning)
     p, y = _inputs.classes("reliability", probabilities, labels)
+    _checks.known_length("reliability", "dimension 0 of probabilities", p.shape[0])
     return _reliability(p, y, num_bins, binning)
 
 
@@ -111,6 +112,7 @@ def calibration_error(
     _inputs.choice("calibration_error", "norm", norm, ("l1", "l2", "max"))
     classwise = _checks.flag("calibration_error", "classwise", classwise)
     p, y = _inputs.classes("calibration_error", probabilities, labels)
+    _checks.known_length("calibration_error", "dimension 0 of probabilities", p.shape[0])
     return _error(p, y, num_bins, binning, classwise, norm)
 
 

@@ -28,7 +28,7 @@ class Classification(NamedTuple):
     """Aleatoric part: the mean of the samples' entropies, `[...]`."""
     mutual_information: Array
     """Epistemic part (BALD): the difference of the two, at least 0, `[...]`. Summed without taking that difference,
-    so that a small one has as many digits as a large one."""
+    so that a small one keeps the digits that the probabilities of the samples have."""
     votes: Array
     """How many samples have each class as their most probable one, int32 `[..., classes]`."""
     variation_ratio: Array
@@ -110,8 +110,7 @@ def classify(
       learning](https://arxiv.org/abs/1112.5745), 2011.
     """
     tolerance = streaming.tolerance("classify", tolerance)
-    if statistic not in STATISTICS:
-        raise ValueError(f"classify: statistic must be one of {STATISTICS}, got {_checks.describe(statistic)}.")
+    _inputs.choice("classify", "statistic", statistic, STATISTICS)
     if tolerance is not None and chunk_size is None:
         chunk_size = streaming.CHUNK
     logits = _checks.flag("classify", "logits", logits)
@@ -144,7 +143,7 @@ def classify(
                 f"{least:g} and sums from {low:g} to {high:g}. For logits leave logits=True."
             )
         near = slack - 0.009  # to 0.1 %, which logits hardly ever are in every sample of every input
-        if logits and output.shape[-1] > 1 and least >= 0 and low >= 1 - near and high <= 1 + near:
+        if logits and output.shape[-1] > 1 and least >= 0 and 1 - near <= low <= high <= 1 + near:
             _checks.warn(
                 "classify: fn must return logits, got values of at least 0 that sum to 1 over the classes in every "
                 "sample, which look like probabilities. For those pass logits=False."

@@ -50,6 +50,7 @@ def conformal_threshold(scores: ArrayLike, alpha: float) -> Array:
     (s,) = _inputs.numbers("conformal_threshold", scores=scores)
     if s.ndim != 1:
         raise ValueError(f"conformal_threshold: scores must be of shape [n], got {_checks.describe(s)}.")
+    _checks.known_length("conformal_threshold", "dimension 0 of scores", s.shape[0])
     alpha = _inputs.fraction("conformal_threshold", "alpha", alpha)
     _inputs.require("conformal_threshold", "scores must not be NaN, {got}", scores, lambda of: ~np.isnan(of))
     k = math.ceil((len(s) + 1) * (1 - Fraction(repr(alpha))))
@@ -230,7 +231,7 @@ def _scores(p: Array, score: str, key: Array | None) -> Array:
     total = jnp.take_along_axis(jnp.cumsum(jnp.take_along_axis(p, order, -1), -1), jnp.argsort(order, -1), -1)
     if key is None:
         return total
-    return total - p * jax.random.uniform(key, (len(p), 1), p.dtype)
+    return total - p * jax.random.uniform(key, (p.shape[0], 1), p.dtype)
 
 
 def _scalar(function: str, threshold: ArrayLike) -> Array:

@@ -71,6 +71,7 @@ def explain(fn: Callable[[Array], Any], key: Array) -> Explanation:
     shared, sampled = (Counter[str](), Counter[str]()), (Counter[str](), Counter[str]())
     _count(program, shared, sampled)
     once, each = shared[0].total(), sampled[0].total()
+    _checks.known_length("explain", "each dimension in fn", once + each)
     rows = sorted(shared[1].keys() | sampled[1].keys(), key=lambda name: -shared[0][name] - sampled[0][name])
     lines = [f"{'':<24}{'once':>10}{'FLOPs':>12}{'each':>10}{'FLOPs':>12}"]
     lines += [

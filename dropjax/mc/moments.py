@@ -107,7 +107,7 @@ def relu(mean: ArrayLike, var: ArrayLike) -> tuple[Array, Array]:
     """Returns the mean and variance of max(x, 0) for Gaussian x.
 
     With a = mean / sigma: E[y] = sigma (a Φ(a) + φ(a)), Var[y] = sigma^2 (Φ + a^2 Φ (1 - Φ) - a φ (2 Φ - 1) - φ^2).
-    Their errors are below 1e-6 sigma and 1e-6 sigma^2.
+    Beside the rounding of the results, errors are below 1e-6 sigma and 1e-6 sigma^2.
 
     Args:
       mean: float `[...]`.

@@ -18,7 +18,7 @@ def levels(function: str, quantiles: Any) -> np.ndarray | None:
         return None
     try:
         levels = np.asarray(quantiles, np.float64)
-    except (TypeError, ValueError):  # also where they are traced
+    except (TypeError, ValueError, OverflowError):  # also where they are traced
         raise TypeError(
             f"{function}: quantiles must be a sequence of numbers, got {_checks.describe(quantiles)}."
         ) from None

@@ -231,21 +231,21 @@ def _observations(
     if targets is not None and precision is None and not has_variance:
         raise ValueError("regress: precision must be given with targets, got None. Or let fn return (mean, variance).")
     if targets is not None:
-        targets = jnp.asarray(targets)
+        targets = _inputs.real("regress", "targets", targets)
         if tuple(targets.shape) != shape:
             raise ValueError(f"regress: targets must have the shape {shape} of the means, got {targets.shape}.")
         targets = targets.astype(dtype)
         missing = jnp.isnan(targets)
         targets = jnp.where(missing, 0, targets)
     if precision is not None:
-        limits = np.finfo(dtype)
+        limits, given = np.finfo(dtype), precision
+        precision = _inputs.real("regress", "precision", precision).astype(dtype)
         _inputs.require(
             "regress",
             f"precision must be positive, from {limits.tiny:.3g} to {limits.max:.3g} in {dtype.name}, {{got}}",
-            precision,
+            given,
             lambda of: (of >= limits.tiny) & (of <= limits.max),
         )
-        precision = jnp.asarray(precision).astype(dtype)
         fits = zip(reversed(precision.shape), reversed(shape), strict=False)
         if precision.ndim > len(shape) or any(n not in (1, m) for n, m in fits):
             raise ValueError(f"regress: precision must broadcast against {shape}, got shape {precision.shape}.")

@@ -153,7 +153,10 @@ def interval_coverage(lower: ArrayLike, upper: ArrayLike, targets: ArrayLike) ->
     low, high, y = _inputs.numbers("interval_coverage", lower=lower, upper=upper, targets=targets)
     if _checks.is_known(lower) and _checks.is_known(upper):
         _inputs.require(
-            "interval_coverage", "upper must not be below lower, {got}", upper, lambda of: ~(of < np.asarray(lower))
+            "interval_coverage",
+            "upper must not be below lower, {got} The order of the arguments is lower, upper, targets.",
+            upper,
+            lambda of: ~(of < np.asarray(lower)),
         )
     return _coverage(low, high, y)
 
@@ -235,9 +238,13 @@ def crps(samples: ArrayLike, targets: ArrayLike, *, fair: bool = False) -> Array
       [Fair scores for ensemble forecasts](https://doi.org/10.1002/qj.2270), 2014.
     """
     x, y = _inputs.array("crps", "samples", samples), _inputs.array("crps", "targets", targets)
+    if x.ndim:
+        _checks.known_length("crps", "dimension 0 of samples", x.shape[0])
     least = 2 if _checks.flag("crps", "fair", fair) else 1
     if x.ndim != y.ndim + 1 or x.shape[1:] != y.shape or len(x) < least:
         order = " The order of the arguments is samples, targets." if x.ndim and y.shape[1:] == x.shape else ""
+        if x.shape[1:] == y.shape:
+            order = " Draw more of them."
         raise ValueError(
             f"crps: samples and targets must be of shapes [T, ...] and [...], with T at least {least}, got "
             f"{_checks.describe(x)} and {_checks.describe(y)}.{order}"

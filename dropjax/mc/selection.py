@@ -68,6 +68,7 @@ def risk_coverage(uncertainty: ArrayLike, losses: ArrayLike) -> RiskCoverage:
     u, loss = _inputs.numbers("risk_coverage", uncertainty=uncertainty, losses=losses)
     if u.ndim != 1:
         raise ValueError(f"risk_coverage: uncertainty must be of shape [n], got {_checks.describe(u)}. Ravel both.")
+    _checks.known_length("risk_coverage", "dimension 0 of uncertainty", u.shape[0])
     for name, value in [("uncertainty", uncertainty), ("losses", losses)]:
         _inputs.require("risk_coverage", f"{name} must not be NaN, {{got}}", value, lambda of: ~np.isnan(of))
     return _risk_coverage(u, loss)

@@ -64,6 +64,7 @@ def fit_temperature(
       networks](https://arxiv.org/abs/1706.04599), 2017.
     """
     z, labels = scores.check_logits("fit_temperature", logits, labels)
+    _checks.known_length("fit_temperature", "dimension 0 of samples of logits", z.shape[0])
     _inputs.warn_of_probabilities("fit_temperature", logits, "For probabilities pass their logarithm.")
     ends = jnp.asarray(_ends(bounds, z.dtype))
     temperature, at_bound, impossible = _fit(z, labels, ends)
@@ -141,7 +142,8 @@ def _fit(logits: Array, labels: Array, ends: Array) -> tuple[Array, Array, Array
     at_high = (right == bounds[1]) & (slope(bounds[1]) <= 0)
     inside = jnp.clip(unit * jnp.exp(root) / room, *ends)
     fitted = jnp.where(at_low, ends[0], jnp.where(at_high, ends[1], inside))
-    return nan_unless((valid & possible).all(), fitted), at_low | at_high, impossible
+    known = (valid & possible).all()
+    return nan_unless(known, fitted), (at_low | at_high) & known, impossible
 
 
 @_arguments.public
