@@ -165,16 +165,16 @@ def _summarise(values: Array, *, logits: bool, slack: float) -> _Sums:
         good = (values >= 0).all(-1) & (jnp.abs(sums - 1) <= slack)
     least, low = (jnp.where(known, x, np.inf).min(initial=np.inf) for x in (values.min(-1), sums))
     high = jnp.where(known, sums, -np.inf).max(initial=-np.inf)
-    # Selected before it is used: XLA on CPU would fuse the last product of fn with a difference into one operation,
-    # whose largest logit is then not that which was subtracted.
-    values = jnp.where(good[..., None], values, 1)
+    # Computed before they are used: XLA on CPU would fuse the last product of fn with a difference into one operation,
+    # whose largest logit is then not that which was subtracted, and compute p again, slowly, for all that is made of it.
+    values = lax.optimization_barrier(jnp.where(good[..., None], values, 1))
     is_vote = _is_largest(values)
     weights = jnp.exp(values - lax.stop_gradient(values.max(-1, keepdims=True))) if logits else values
-    p = _shares(weights, is_vote)
+    p = lax.optimization_barrier(_shares(weights, is_vote))
     votes = (is_vote & good[..., None]).sum(0, dtype=jnp.int32)
     of_class, away = running.moments(p)
-    of_entropy, _ = running.moments(_entropy(p.value))
-    information = running.divergence(of_class.mean.value[None], away).mean(0)
+    of_entropy, _ = running.moments(_entropy(p.value, is_vote))
+    information = running.divergences(of_class.mean.value, away)
     return _Sums(of_class, of_entropy, running.exactly(information), votes, ~good.all(0), least, low, high)
 
 
@@ -199,7 +199,7 @@ def _finish(sums: _Sums, count: Array) -> Classification:
     variance = jnp.take_along_axis(sums.p.variance.value, best, -1)[..., 0]
     ratio = (count - sums.votes.max(-1)).astype(n.dtype) / n
     valid = ~sums.invalid
-    fields = (mean, _entropy(mean), sums.entropy.mean.value, sums.information.value)
+    fields = (mean, _entropy(mean, _is_largest(mean)), sums.entropy.mean.value, sums.information.value)
     mean, total, expected, information, ratio, variance = (
         nan_unless(valid[..., None] if x.ndim > valid.ndim else valid, x) for x in (*fields, ratio, variance)
     )
@@ -221,9 +221,9 @@ def _is_largest(values: Array) -> Array:
     return values.argmax(-1, keepdims=True).astype(jnp.int32) == classes
 
 
-def _entropy(p: Array) -> Array:
+def _entropy(p: Array, is_largest: Array) -> Array:
     """-sum p log p in nats, from all but the largest p; 0 log 0 is 0, also in the gradient."""
-    others = jnp.where(_is_largest(p), 0, p)
+    others = jnp.where(is_largest, 0, p)
     rest = others.sum(-1)
     return -(others * jnp.log(jnp.where(others > 0, others, 1))).sum(-1) - (1 - rest) * jnp.log1p(-rest)
 

@@ -4,12 +4,15 @@ A running number is a float and what its rounding left out, and means move by di
 an offset (N(1e5, 1)) nor a long run (a million chunks) costs digits.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType
 
 
 class Sum(NamedTuple):
@@ -55,6 +58,10 @@ def moments(values: Array | Sum) -> tuple[Moments, Array]:
     and squares of distances overflow, or vanish, long before their mean does.
     """
     values = values if isinstance(values, Sum) else exactly(values)
+    return in_rows(_moments, values)
+
+
+def _moments(values: Sum) -> tuple[Moments, Array]:
     first = Sum(values.value[:1], values.rest[:1])
     half = _half_distance(first, values)
     tiny = np.finfo(half.dtype).tiny
@@ -121,13 +128,29 @@ def merge_divergences(one: Sum, m: Any, other: Sum, n: int, means: tuple[Sum, Su
     mine, share = _shares(m, n, one.value.dtype)
     away = 2 * _half_distance(means[0], means[1])
     mean = means[2].value
-    between = mine * divergence(mean, -share * away) + share * divergence(mean, mine * away)
-    return add(merge_means(one, m, other, n), between)
+    between = mine * _divergence(mean, -share * away) + share * _divergence(mean, mine * away)
+    return add(merge_means(one, m, other, n), between.sum(-1))
 
 
-def divergence(mean: Array, away: Array) -> Array:
-    """KL(mean + away, mean) over the last dimension, for an `away` that sums to 0, in nats."""
-    return _divergence(mean, away).sum(-1)
+def divergences(mean: Array, away: Array) -> Array:
+    """The mean over samples of KL(mean + away, mean), for `away` of `[n, ..., classes]` that sum to 0, in nats."""
+    return in_rows(lambda away, mean: _divergence(mean, away).mean(0), away, mean[None]).sum(-1)
+
+
+def in_rows(function: Callable[..., Any], *samples: Any) -> Any:
+    """A function of samples `[n, ...]` that treats all places alike, of matrices `[n, places]`.
+
+    XLA on CPU vectorises loops over long rows, and not those over a few classes. Axes of explicit meshes stay.
+    """
+    places = jax.tree.leaves(samples)[0].shape[1:]
+    if len(places) < 2 or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return function(*samples)
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0], math.prod(places)), samples)
+
+    def unflatten(x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], *places)
+
+    return jax.tree.map(unflatten, function(*flat))
 
 
 @jax.custom_jvp
