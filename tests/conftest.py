@@ -30,3 +30,11 @@ def standard_promotion():
     """For optimizers of optax and layers of Flax that lean on implicit promotion."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For what is the same however well XLA compiles it: half of the time of compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,7 +17,7 @@ import dropjax
 import dropjax.linen
 import dropjax.nnx
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 2, 4)), jnp.float32)
 RATE = 0.5
 

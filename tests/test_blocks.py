@@ -14,6 +14,7 @@ from dropjax._checks import Fixed
 from dropjax.functional import blocks
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 R = 0.3
 
 

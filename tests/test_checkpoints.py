@@ -135,6 +135,7 @@ def test_a_run_that_saves_nothing_before_its_end_warns(tmp_path):
     kill_me.train(tmp_path, "plain", 2)  # with nothing left to do, nothing is lost
 
 
+@pytest.mark.slow
 @KINDS
 def test_killed_at_any_moment_and_started_again_ends_with_the_same_bits(kind, tmp_path):
     """A real SIGKILL, at moments that fall into steps and into the writing of checkpoints."""

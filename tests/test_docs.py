@@ -37,6 +37,7 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
@@ -47,6 +48,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the other library
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("library", ["haiku", "equinox", "keras"])
@@ -124,6 +126,7 @@ def test_links_within_the_repository_exist():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 def test_the_main_job_runs(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "mc_digits.py"), "--out", str(tmp_path)]
     command += ["--steps", "60", "--samples", "10", "--quiet"]

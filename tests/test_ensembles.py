@@ -17,6 +17,8 @@ import dropjax.nnx
 from dropjax.functional import ensembles
 from tests.test_errors import KEY, X, raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 @pytest.mark.parametrize(
     ("features", "count", "scale"), [(64, 4, 2.0), (12, 4, 3.0), (10, 3, 1.5), (33, 2, 6.0), (5, 1, 4.0), (7, 4, 1)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
     "mask_gallery": ([], "panels", ["mask_gallery.png"]),

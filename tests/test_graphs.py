@@ -14,6 +14,7 @@ from dropjax import sharding
 from tests import oracle
 from tests.test_errors import KEY, raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 RATE = 0.3
 EDGES = np.random.default_rng(4).integers(0, 12, (2, 64))  # with parallel edges, both directions, and self loops
 SENDERS, RECEIVERS = jnp.asarray(EDGES)

@@ -22,7 +22,7 @@ from tests import oracle
 with warnings.catch_warnings(action="ignore"):  # Keras imports matplotlib, old versions of which warn
     import keras
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 RATE = 0.3
 
 

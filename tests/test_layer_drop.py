@@ -14,18 +14,12 @@ import dropjax.linen
 import dropjax.nnx
 from tests.test_errors import raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 LAYERS = 5
 KEYS = jax.random.split(jax.random.key(4), LAYERS)
 WEIGHTS = jnp.asarray(np.random.default_rng(0).normal(size=(LAYERS, 3, 3)), jnp.float32) / 2
 assert [bool(dropjax.keep_mask(key, (), 0.5)) for key in KEYS].count(True) in range(1, LAYERS)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3)), jnp.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def block(x, w):

@@ -20,6 +20,7 @@ from tests.test_linen_keys import Stream, word
 from tests.test_variants import RATE, assert_same, draw, every, inputs
 from tests.variants import OTHER_LAYERS, VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 FRAMEWORK = {"deterministic", "rng_collection", "rngs", "parent", "name"}
 NAMES = sorted({row.layer for row in VARIANTS.values()})
 

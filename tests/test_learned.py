@@ -13,6 +13,7 @@ from scipy import integrate, optimize, special, stats
 import dropjax
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 KERNEL = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
 CASES = {  # the function of key, x and what is learned; a value of that
     "concrete_dropout": (dropjax.concrete_dropout, -1.0),
@@ -308,6 +309,7 @@ def test_scalars_and_complex(name, key):
     )
 
 
+@pytest.mark.slow
 @three
 def test_transformations(name, key):
     """jit, scan, remat and vmap over each argument give what a call gives."""

@@ -16,6 +16,7 @@ import dropjax.nnx
 from tests.test_errors import KEY
 from tests.test_learned import inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 PARAMETERS = {"ConcreteDropout": "rate_logit", "VariationalGaussianDropout": "log_alpha"}
 NOISES = {"VariationalDense": "log_alpha", "SparseVariationalDense": "log_sigma2"}
 

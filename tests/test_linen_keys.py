@@ -15,15 +15,10 @@ import dropjax.linen
 from tests.linen_layers import LAYERS, build, inputs
 from tests.variants import VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 KEY, X = jax.random.key(0), jnp.ones(64)
 PAIR = ("ab", "cdef"), ("abc", "def")  # one path to Flax, which joins the names
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Child(nn.Module):

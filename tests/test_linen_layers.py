@@ -19,14 +19,7 @@ from dropjax._layers import declared
 from tests.linen_layers import KEY, LAYERS, RATED, build, deterministic, inputs, rate_of, variables
 from tests.test_errors import raises
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 every = pytest.mark.parametrize("name", LAYERS)
 rated = pytest.mark.parametrize("name", RATED)
 
@@ -251,6 +244,7 @@ class Holder(nn.Module):
 LIFTS = [functools.cache(lift) for lift in (nn.jit, nn.remat)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Dropout", "GaussianNoise", "DropConnectDense", "LayerDrop", "WeightDrop"])
 def test_rates_in_arrays_under_lifted_transforms(name):
     """Of the layer itself and of a module that holds it; each trace has its own rate, not that of the first."""

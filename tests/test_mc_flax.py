@@ -46,7 +46,7 @@ class NnxModel(nnx.Module):
         return self.layers[0](self.dropout(nnx.relu(x), deterministic=deterministic))
 
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,7 @@ def test_the_layers_are_those_of_both_frameworks():
     assert len(drawing(dropjax.nnx)) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", drawing(dropjax.linen))
 @pytest.mark.parametrize("make", [linen_run, nnx_run])
 def test_every_layer_draws(key, make, name):

@@ -41,6 +41,7 @@ def check(summary, x, of_mean=1e-6):
         assert (np.abs(summary.quantiles - want) <= np.ptp(x, 0) / 4096).all()
 
 
+@pytest.mark.slow
 def test_means_variances_and_quantiles_do_not_drift(key):
     def means(key):
         return jnp.stack([stream(key) for stream in STREAMS.values()])

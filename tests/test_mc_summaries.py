@@ -129,6 +129,7 @@ def test_what_is_invalid_is_nan_and_nothing_else(key):
         mc.regress(lambda key: fn(key)[0], key, 8, precision=1e-39)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_chunk(key):
     x = jnp.ones((256, 64))
 
@@ -145,6 +146,7 @@ def test_memory_is_that_of_a_chunk(key):
     assert memory(mc.regress, 4000, chunk_size=4, quantiles=[0.1, 0.9]) < (6 * 64 + 100) * x.nbytes
 
 
+@pytest.mark.slow
 def test_it_stops_when_it_is_known(key):
     """The standard error of a mean of n samples is sd / sqrt(n - 1): n is the first chunk's end where it is small."""
 
@@ -187,6 +189,7 @@ def test_it_stops_when_it_is_known(key):
         assert (values.std(0) <= 0.05 * 1.5).all()  # few replicas: half as much again
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_looked_at_after_full_chunks():
     """Two more samples at most do not stop it earlier, though in some the first two agree; the last two do count."""
 
@@ -209,6 +212,7 @@ def test_a_tolerance_is_looked_at_after_full_chunks():
     np.testing.assert_allclose(most.probabilities[full], whole.probabilities[full], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_over_a_mesh_are_the_same(key):
     """Samples, the batch, or both over the devices; T not divisible; automatic and explicit axes."""
 

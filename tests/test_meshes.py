@@ -20,6 +20,7 @@ import dropjax.nnx
 from tests.test_variants import assert_same, draw, every, inputs
 from tests.variants import VARIANTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 SHAPES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2), "3x2 of 8": (3, 2)}
 NAMES = ("data", "model", "stage")

@@ -12,6 +12,7 @@ from dropjax import mc
 from dropjax.mc import moments
 from tests.metric_rows import ROWS as LOOKED_AT
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 RNG = np.random.default_rng(0)
 N = 24
 X, Y = RNG.uniform(-1, 1, (6, N)), RNG.uniform(-1, 1, N)
@@ -190,6 +191,7 @@ def test_infinities(name):
     np.testing.assert_allclose(np.concatenate(leaves), np.ravel(expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "run"), LOOKED_AT, ids=[name for name, _ in LOOKED_AT])
 def test_no_nan_is_made(name, run):
     """Nor in a gradient, which is finite where the value is; `tests/modes.py` looks at each operation of these rows."""

@@ -65,6 +65,7 @@ def test_the_table_is_whole():
         assert not [name for name in layers + wrappers if f"{module}.{name}" not in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "gaussian_noise"])
 def test_a_nan_of_the_user_is_reported_as_such(name, key):
     """A jitted step with dropout of traced rates, and a logarithm of negative numbers."""
@@ -87,6 +88,7 @@ def test_a_bad_traced_rate_is_reported_by_its_value(key):
         jax.jit(lambda rate: dropjax.dropout(key, inputs(), rate))(1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
 def test_a_bad_traced_rate_is_nan_in_every_dtype(dtype, key):
     x = inputs().astype(dtype)

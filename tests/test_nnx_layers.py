@@ -22,6 +22,7 @@ from tests.test_errors import raises
 from tests.test_nnx_rates import KEY, LAYERS, ROWS
 from tests.test_nnx_rates import build as build_with
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 SIZES = {
     "LayerDrop": lambda: (nnx.Linear(4, 4, rngs=nnx.Rngs(1)), 0.5),
     "WeightDrop": lambda: (nnx.Linear(4, 4, rngs=nnx.Rngs(1)), 0.5),
@@ -36,13 +37,6 @@ SIZES = {
 """What a layer is built with that takes more, or less, than a rate."""
 ALL = {n: c for n, c in vars(dropjax.nnx).items() if inspect.isclass(c) and issubclass(c, nnx.Module)}
 every = pytest.mark.parametrize("name", ALL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(name, *args, **fields):

@@ -21,6 +21,7 @@ from dropjax.nnx import Dropout, LayerDrop, Rate, TokenDropout, WeightDrop, set_
 from dropjax.nnx.base import Stochastic
 from tests.test_errors import raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 LAYERS = {n: c for n, c in vars(dropjax.nnx).items() if inspect.isclass(c) and issubclass(c, Stochastic)}
 ROWS = [(n, f.name) for n, c in LAYERS.items() for f in dataclasses.fields(c) if f.type == ArrayLike]
 LATER = [(n, f) for n, f in ROWS if f != "threshold" and not f.startswith("initial_")]  # used in training, at each call
@@ -28,13 +29,6 @@ every = pytest.mark.parametrize(("name", "field"), ROWS, ids=[f"{n}.{f}" for n, 
 later = pytest.mark.parametrize(("name", "field"), LATER, ids=[f"{n}.{f}" for n, f in LATER])
 KEY = jax.random.key(3)
 RANKS = {"SpatialDropout1D": 3, "SpatialDropout3D": 5, "LayerDrop": 2, "WeightDrop": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(name, field, value, rngs=None):
@@ -68,6 +62,7 @@ def test_the_table_has_every_field_that_may_be_an_array():
     assert len(ROWS) > 20
 
 
+@pytest.mark.slow
 @every
 def test_an_array_is_a_variable_and_a_number_is_no_state(name, field):
     layer, number = build(name, field, np.array(0.5)), build(name, field, 0.5)
@@ -121,6 +116,7 @@ def test_what_a_layer_begins_with_may_be_traced(name, field):
     assert float(getattr(layer, field)) == 0.25
 
 
+@pytest.mark.slow
 @later
 def test_a_field_that_is_set_in_a_jitted_step(name, field):
     """Traced twice, since an array takes the place of a number, and no more; the value stays behind."""
@@ -141,6 +137,7 @@ def test_a_field_that_is_set_in_a_jitted_step(name, field):
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 @later
 def test_a_stack_has_a_value_for_each_layer(name, field):
     values = jnp.array([0.25, 0.75], jnp.float32)

@@ -12,17 +12,11 @@ import dropjax
 from dropjax.nnx import Dropout, LayerDrop, WeightDrop, set_rates
 from tests.test_errors import raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 KEYS = [jax.random.key(i) for i in range(8)]
 KEPT = next(key for key in KEYS if dropjax.keep_mask(key, (), 0.5))
 LEFT = next(key for key in KEYS if not dropjax.keep_mask(key, (), 0.5))
 X = jnp.ones((2, 4))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Full(nnx.Module):

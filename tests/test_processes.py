@@ -20,6 +20,7 @@ from examples import multi_process as example
 from tests import fit_me
 from tests.test_checkpoints import steps_of
 
+pytestmark = pytest.mark.slow
 ARGS = example.parse(["--quiet", "--steps", "24", "--checkpoint-every", "4"])
 
 

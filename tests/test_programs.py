@@ -16,7 +16,7 @@ import dropjax.linen
 import dropjax.nnx
 from tests import programs
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 X = jnp.ones((4, 16))
 
 

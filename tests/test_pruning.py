@@ -10,6 +10,7 @@ import pytest
 import dropjax
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 KERNEL = np.random.default_rng(1).normal(size=(3, 2, 5, 8)).astype(np.float32)  # of a convolution
 
 

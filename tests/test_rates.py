@@ -13,7 +13,7 @@ import dropjax
 import dropjax.linen
 from dropjax.linen import with_rates
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 X = jnp.ones((4, 64))
 RATED = sorted(
     name
@@ -35,6 +35,7 @@ def make(name, rate, deterministic=False):
     return getattr(dropjax.linen, name)(*inner, rate, **options, deterministic=deterministic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RATED)
 def test_every_layer_with_a_rate_has_that_of_the_context(key, name):
     """What a layer built with 0.1 gives inside is what one built with the rate gives; its field stays."""

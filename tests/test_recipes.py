@@ -13,17 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
 PATH = Path(__file__).parent.parent / "examples" / "multi_device.py"
 SPEC = importlib.util.spec_from_file_location("multi_device", PATH)
 example = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(example)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import dropjax
 import dropjax.linen
 import dropjax.nnx
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 
 
 class Block(nn.Module):

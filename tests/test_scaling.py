@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from dropjax import bits
 from tests import oracle
 
+pytestmark = pytest.mark.slow
 SHAPE = (10**6, 10**4, 10**3)  # 10^13 elements
 DEVICES = 10**5
 

@@ -55,6 +55,7 @@ def theory(rate, alpha):
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_twenty_layers_keep_mean_and_variance(kind):
     """Five standard deviations of the fluctuation that finite width W and n independent examples leave.

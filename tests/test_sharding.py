@@ -41,6 +41,7 @@ def test_jit_with_explicit_axes(variant, key):
     assert jax.typeof(y).sharding.spec == P("data", "model", None)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flax import nnx
 import dropjax.nnx
 from dropjax.nnx import mc_view
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 X = jnp.ones((2, 64))
 
 

@@ -15,6 +15,7 @@ from dropjax.functional import adaptive
 from tests import oracle
 from tests.test_errors import KEY, raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 RNG = np.random.default_rng(8)
 X = jnp.asarray(RNG.normal(size=(8, 6)), jnp.float32)
 LOGITS = jnp.asarray(2 * RNG.normal(size=(8, 6)), jnp.float32)

@@ -10,6 +10,7 @@ from dropjax import bits, constraints, mc
 from tests.test_variants import RATE, inputs
 from tests.variants import VARIANTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
 MASKS = np.array([[True, False, True, True, False, True], [True, True, False, True, True, False]])
 NODES = jnp.arange(5)
 FUNCTIONS = {name: lambda key, x, row=row: row.function(key, x, RATE, **row.options) for name, row in VARIANTS.items()}

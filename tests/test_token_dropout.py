@@ -17,6 +17,7 @@ from dropjax import bits
 from tests import oracle
 from tests.test_errors import KEY, raises
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 7, 3)), jnp.float32)
 
 

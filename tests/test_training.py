@@ -19,7 +19,7 @@ from dropjax.training import fit
 from tests import kill_me
 from tests.fit_me import line, looking
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compiler")
 KINDS = pytest.mark.parametrize("kind", ["linen", "nnx", "plain"])
 
 
@@ -267,6 +267,7 @@ def key_of(seed, step):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), training._DOMAIN), step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_that_ask_for_the_loss_do_what_they_do_by_hand(name):
     state = {"a": jnp.zeros(3), "b": jnp.ones(2)}
@@ -365,6 +366,7 @@ def three_steps(loss_fn, state):
     return fit(loss_fn, state, looking(optax.adam(1e-2)), kill_me.data, seed=0, steps=3, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_under_the_ways_in_which_jax_looks(mode, looked_at):
     """Flax's layers lean on promotion themselves: there, of the plain function."""

@@ -36,6 +36,7 @@ def test_no_array_lives_from_forward_to_backward(variant, key):
     assert kept == (0 if "residuals" in variant.not_for else 8)
 
 
+@pytest.mark.slow
 @having("linear")
 def test_jvp_and_hessian_vector_product(variant, key):
     x, v = inputs(), inputs() * 0.5
@@ -52,6 +53,7 @@ def test_jvp_and_hessian_vector_product(variant, key):
 COMBINATIONS = [c for n in range(1, 5) for c in itertools.combinations(range(4), n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "batched"),
     [
@@ -89,6 +91,7 @@ def test_scan(variant, key):
         assert_same(variant, row, draw(variant, one, x), x)
 
 
+@pytest.mark.slow
 @every
 def test_remat_and_cond(variant, key):
     x = inputs()
@@ -168,6 +171,7 @@ def test_a_compiled_step_keeps_at_most_the_words_of_rows_and_columns(width, key)
     )
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize(("where", "dtype"), [("dense", jnp.float32), ("attention", jnp.bfloat16)])
 def test_compiled_backward_pass_stores_no_masks(variant, dtype, where, key):

@@ -17,7 +17,7 @@ SPEC = importlib.util.spec_from_file_location("two_circles", PATH)
 example = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(example)
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 EPOCHS = 40
 
 

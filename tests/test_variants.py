@@ -117,6 +117,7 @@ def test_rate_one_is_zero(variant, key):
         np.testing.assert_array_equal(y, jnp.zeros_like(x))
 
 
+@pytest.mark.slow
 @every
 def test_values_and_gradients_are_finite_at_the_limits(variant, key):
     x = inputs()
@@ -175,6 +176,7 @@ def test_scalars(variant, key):
 FLOATS = ["float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e3m4"]
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtype_is_kept_and_rounded_once(variant, key, dtype):

@@ -166,7 +166,7 @@ def _summarise(values: Array, *, logits: bool, slack: float) -> _Sums:
     least, low = (jnp.where(known, x, np.inf).min(initial=np.inf) for x in (values.min(-1), sums))
     high = jnp.where(known, sums, -np.inf).max(initial=-np.inf)
     # Computed before they are used: XLA on CPU would fuse the last product of fn with a difference into one operation,
-    # whose largest logit is then not that which was subtracted, and compute p again, slowly, for all that is made of it.
+    # whose largest logit is then not that which was subtracted, and compute p again for all that is made of it.
     values = lax.optimization_barrier(jnp.where(good[..., None], values, 1))
     is_vote = _is_largest(values)
     weights = jnp.exp(values - lax.stop_gradient(values.max(-1, keepdims=True))) if logits else values
