@@ -33,6 +33,7 @@ def steps_of(folder):
     return sorted(int(p.name) for p in (folder / "steps").iterdir() if p.name.isdigit())
 
 
+@pytest.mark.slow
 @KINDS
 def test_stopping_and_going_on_is_the_same_as_going_through(kind, tmp_path):
     through = kill_me.train(None, kind, 20)

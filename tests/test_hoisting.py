@@ -79,6 +79,7 @@ def test_the_backbone_is_computed_once_and_the_head_for_each_sample(key, name):
     assert str(explained).splitlines()[-1].endswith("passes.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nested jit", "remat", "custom_jvp", "custom_vjp", "scan"])
 def test_gradients_are_those_of_a_loop(key, name):
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(3, 6, 2)), jnp.float32)

@@ -137,6 +137,7 @@ def test_layers_in_tables(name):
     assert name in layer.tabulate({"dropout": jax.random.key(0)}, inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nnx_layer_under_plain_jax_transformations(name, key):
     """With a key at the call no stream is mutated, so nothing of NNX's own transformations is needed."""

@@ -124,6 +124,7 @@ def test_names_may_hold_anything(pair):
     assert (first != second).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_draws_by_its_path(name):
     """From the same parameters, over 16 keys, since some draw but one bit."""

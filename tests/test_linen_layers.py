@@ -286,6 +286,7 @@ SHARDED = [name for name in LAYERS if hasattr(getattr(dropjax.linen, name), "sha
 OF_WEIGHTS = ("DropConnect", "DropConnectDense", "TargetedDropout", "WeightDrop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_one_model_serves_whole_arrays_and_shards(name):
     """`sharded_dims` counts inside shard_map alone, where the masks are slices of those of the whole."""

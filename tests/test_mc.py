@@ -79,6 +79,7 @@ def test_hand_made_samples(key):
     assert undecided.variance == 0
 
 
+@pytest.mark.slow
 def test_classify_keeps_no_samples(key):
     x = jnp.ones((256, 64))
 
@@ -137,6 +138,7 @@ def test_a_calibrated_forecaster_has_little_error_and_an_overconfident_one_much(
     assert brier_score_loss(labels, 1 - p) < brier_score_loss(labels, certain[:, 1])
 
 
+@pytest.mark.slow
 def test_calibration_of_narrow_and_many_predictions():
     """Sums neither stall (bfloat16 at 256, float32 at 2^24) nor overflow (float16)."""
     rng = np.random.default_rng(0)
@@ -188,6 +190,7 @@ def test_samples_with_keys_of_other_implementations(impl):
     np.testing.assert_array_equal(masks, np.stack(loop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_summaries_inside_shard_map_and_on_explicit_axes(key, chunk_size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)

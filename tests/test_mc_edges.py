@@ -12,6 +12,7 @@ RNG = np.random.default_rng(0)
 MANY = RNG.dirichlet(np.ones(300), 40).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.uint32])
 def test_labels_of_any_integer_dtype(dtype):
     """With more classes than a narrow dtype can count they are the same labels; -1 and 2^32 - 1 are none."""

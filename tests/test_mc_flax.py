@@ -66,6 +66,7 @@ def nnx_model(rate, ours):
     return model, lambda key, x, masks="per_example": dropjax.nnx.mc_view(model, key, masks=masks)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_dropout_draws_and_nothing_is_written(key, variables, framework, ours):

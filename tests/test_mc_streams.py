@@ -70,6 +70,7 @@ def test_narrow_streams_are_summed_as_wide_ones(key, dtype):
     check(jax.tree.map(np.asarray, summary), np.asarray(samples).astype(np.float64))
 
 
+@pytest.mark.slow
 def test_streams_of_float64_a_tolerance_and_a_mesh(key):
     """Stopped streams sum as the others do; devices share a chunk."""
     mesh = jax.make_mesh((4,), ("samples",), axis_types=(AxisType.Auto,))
@@ -159,6 +160,7 @@ def test_information_and_entropies_keep_their_digits(key):
         np.testing.assert_allclose(summary.probabilities, p.mean(0), rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_streamed_summaries_are_those_of_one_formula(key):
     """Also of a class that is never seen, and of one that takes all."""
     noise = jax.random.normal(key, (7, 4))
@@ -210,6 +212,7 @@ LOGITS = {  # and its probabilities, None where there are none
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_every_field_is_finite_or_flagged(key, dtype):
     rows, largest = np.array([row for row, _ in LOGITS.values()]), float(jnp.finfo(dtype).max)

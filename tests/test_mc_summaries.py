@@ -255,6 +255,7 @@ def test_stopping_inside_shard_map(key):
     assert jnp.isfinite(jax.jit(shards)(X)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [jax.random.PRNGKey, *[lambda s, i=i: jax.random.key(s, impl=i) for i in ("rbg", "unsafe_rbg")]]
 )

@@ -87,6 +87,7 @@ def losses_of_training(model, steps=50):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_float32_flax_model_has_the_same_losses_for_50_steps():
     theirs = losses_of_training(Network(nn.Dropout))

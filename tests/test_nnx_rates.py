@@ -277,6 +277,7 @@ def test_rates_of_a_model():
     assert model.weights.rate is not model.skip.rate
 
 
+@pytest.mark.slow
 def test_a_schedule_in_a_jitted_step():
     """Values of a number model in the same state; a number compiles again once, an array never."""
     for first, expected in [(0.5, 2), (jnp.float32(0), 1)]:

@@ -74,6 +74,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("rate", [0.5, None], ids=["number", "array"])
 @pytest.mark.parametrize("how", RUNS)

@@ -104,6 +104,7 @@ def test_masks_of_a_training_run(standard_promotion):
     assert {name: p for name, p in contingency.p_values(dropped, 0.1).items() if p <= 1e-6} == {}
 
 
+@pytest.mark.slow
 def test_statistics_of_masks_catch_a_bad_mixer(mixer):
     mixer("single multiply")
     assert min(contingency.p_values(contingency.over_keys(1, 0.1, (64, 512, 512)), 0.1).values()) < 1e-12

@@ -125,6 +125,7 @@ def test_linen_calls_only_our_dropout(model, x, monkeypatch):
         run(jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_jitted_function_is_traced_anew_inside_and_outside():
     _, run = setup(*LINEN["transformer"])
     run = jax.jit(run)

@@ -67,6 +67,7 @@ def test_shard_map(variant, key, spec, dims, check_vma):
     assert_same(variant, jax.jit(shards)(key, x), draw(variant, key, x), x)
 
 
+@pytest.mark.slow
 @every
 def test_pmap(variant, key):
     x = inputs((32, 4, 6))

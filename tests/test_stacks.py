@@ -57,6 +57,7 @@ def check(run, model, key):
     assert len(np.unique(shared.reshape(-1, *X.shape)[:, 0], axis=0)) == len(masks) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [scanned, rematerialised, mapped])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", [nnx.Dropout, dropjax.nnx.Dropout])
@@ -102,6 +103,7 @@ class Nothing(nnx.Module):
         return x, jnp.concatenate([scanned(self.blocks, x), self.drop(jnp.ones_like(x))[None]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda rngs: stack(2, Pair, rngs), Whole, Nothing], ids=["nested", "two", "beside"])
 def test_nested_stacks_and_stacks_beside_others(key, make):
     model = make(nnx.Rngs(0))

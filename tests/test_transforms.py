@@ -116,6 +116,7 @@ def test_donated_buffers(variant, key):
     assert x.is_deleted()
 
 
+@pytest.mark.slow
 @every
 def test_linearize_and_transpose_use_the_same_mask(variant, key):
     x = inputs()

@@ -86,6 +86,7 @@ def test_jit_equals_eager(variant, key):
     assert_same(variant, jax.jit(lambda key, x: draw(variant, key, x))(key, x), draw(variant, key, x), x)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("rate", [0.0, 1 / 3, 0.999])
 def test_traced_rate_equals_number(variant, key, rate):
@@ -279,6 +280,7 @@ def test_no_retrace_when_only_the_rate_changes(variant, key):
         step(jnp.float32(rate))
 
 
+@pytest.mark.slow
 @every
 def test_symbolic_shapes_export(variant, key):
     (b,) = jax.export.symbolic_shape("b")
