@@ -22,7 +22,6 @@ MODES = {
     "plain": {},
     "debug_nans": {"jax_debug_nans": True},
     "debug_nans and disable_jit": {"jax_debug_nans": True, "jax_disable_jit": True},
-    "disable_jit": {"jax_disable_jit": True},
     "checking_leaks": {"jax_check_tracer_leaks": True},
     "enable_checks": {"jax_enable_checks": True},
     "debug_key_reuse": {"jax_debug_key_reuse": True},

@@ -120,6 +120,6 @@ def _kl(log_alpha: Array, approximation: str) -> Array:
     if approximation == "cubic":
         a = masks.nan_unless(~(log_alpha > 0), jnp.exp(log_alpha))
         c1, c2, c3 = _CUBIC
-        return (np.euler_gamma + np.log(2)) / 2 - log_alpha / 2 - a * (c1 + a * (c2 + a * c3))
+        return float(np.euler_gamma + np.log(2)) / 2 - log_alpha / 2 - a * (c1 + a * (c2 + a * c3))
     k1, k2, k3 = _SIGMOID
     return k1 * jax.nn.sigmoid(-(k2 + k3 * log_alpha)) + jax.nn.softplus(-log_alpha) / 2
