@@ -200,7 +200,8 @@ def test_complex(variant, key, dtype):
         x = inputs().astype(dtype) * 1j
         y = draw(variant, key, x)
         assert y.dtype == dtype
-        np.testing.assert_allclose(y.imag, draw(variant, key, inputs()), rtol=2e-6)
+        real = draw(variant, key, inputs())  # a factor 1 + noise near 0 is rounded as 1 and the noise are
+        np.testing.assert_allclose(y.imag, real, rtol=1e-6, atol=4 * np.finfo(np.float32).eps * np.abs(inputs()).max())
         assert (y.real == 0).all()
 
 
